@@ -1,0 +1,132 @@
+"""A budget: what a request may keep. It is resolved to integer slots here and nowhere else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcomp.core.errors import BudgetError
+
+SPELLINGS = "a ratio in (0, 1] such as 0.2, {tokens: 512} (or '512t'), or {bytes: 64MiB} (or '64MiB')"
+BYTE_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+BudgetLike = "Budget | float | str | Mapping[str, Any]"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of a sequence is kept: exactly one of a ratio, a number of tokens, or a number of bytes.
+
+    All three are per sequence (per row of a batch), so that a row keeps in a batch what it keeps alone. Bytes are
+    those of keys and values over all compressed layers.
+
+    Attributes:
+        ratio: share of the tokens seen, in (0, 1], the exact fraction of the decimal as written.
+        tokens: slots per KV head and layer.
+        bytes: bytes of keys and values over all layers.
+    """
+
+    ratio: Fraction | None = None
+    tokens: int | None = None
+    bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if sum(field is not None for field in (self.ratio, self.tokens, self.bytes)) != 1:
+            raise BudgetError(f"a budget must be exactly one of: {SPELLINGS}")
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise BudgetError(
+                f"a bare budget is a ratio in (0, 1], got {float(self.ratio):g}; write one of: {SPELLINGS}"
+            )
+        for unit, value in (("tokens", self.tokens), ("bytes", self.bytes)):
+            if value is not None and value < 1:
+                raise BudgetError(f"a budget in {unit} must be at least 1, got {value}")
+
+    @classmethod
+    def parse(cls, value: Budget | float | str | Mapping[str, Any]) -> Budget:
+        """Return the budget that a number, a string or a mapping spells.
+
+        Raises:
+            BudgetError: the value is none of the three spellings, or out of range.
+
+        >>> Budget.parse(0.2).ratio, Budget.parse("512t").tokens, Budget.parse({"bytes": "1KiB"}).bytes
+        (Fraction(1, 5), 512, 1024)
+        """
+        if isinstance(value, Budget):
+            return value
+        if isinstance(value, Mapping):
+            return cls._from_mapping(value)
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise BudgetError(f"a budget must be {SPELLINGS}; got {value!r}")
+        if isinstance(value, str) and (tokens := re.fullmatch(r"\s*(\d+)\s*t(okens)?\s*", value)):
+            return cls(tokens=int(tokens[1]))
+        if isinstance(value, str) and value.strip().endswith("B"):
+            return cls(bytes=_parse_bytes(value))
+        try:
+            return cls(ratio=Fraction(str(value).strip()))
+        except (ValueError, ZeroDivisionError):
+            raise BudgetError(f"a budget must be {SPELLINGS}; got {value!r}") from None
+
+    @classmethod
+    def _from_mapping(cls, value: Mapping[str, Any]) -> Budget:
+        if set(value) == {"tokens"} and type(value["tokens"]) is int:
+            return cls(tokens=value["tokens"])
+        if set(value) == {"bytes"} and type(value["bytes"]) in (int, str):
+            return cls(bytes=_parse_bytes(value["bytes"]))
+        raise BudgetError(f"a budget must be {SPELLINGS}; got {dict(value)!r}")
+
+    def dump(self) -> float | dict[str, int]:
+        """Return the form that a strategy file holds; `Budget.parse` reads it back."""
+        if self.ratio is not None:
+            return float(self.ratio)
+        return {"tokens": self.tokens} if self.tokens is not None else {"bytes": self.bytes or 0}
+
+    def __str__(self) -> str:
+        if self.ratio is not None:
+            return f"{float(self.ratio):g}"
+        return f"{self.tokens}t" if self.tokens is not None else f"{self.bytes}B"
+
+    def slots(self, tokens: Tensor, slot_bytes: int) -> Tensor:
+        """Return the slots per KV head and layer that each row may keep: at least 1, at most its tokens.
+
+        Args:
+            tokens: valid tokens seen by each row so far, `(batch,)` int64, on the CPU.
+            slot_bytes: bytes of one slot summed over the KV heads of all compressed layers.
+
+        Returns:
+            `(batch,)` int64 on the CPU: slots decide shapes.
+
+        Raises:
+            BudgetError: the bytes do not pay for one slot per KV head and layer.
+        """
+        if self.ratio is not None:
+            slots = tokens * self.ratio.numerator // self.ratio.denominator
+        elif self.tokens is not None:
+            slots = torch.full_like(tokens, self.tokens)
+        else:
+            slots = torch.full_like(tokens, self._affordable(slot_bytes, tokens))
+        return slots.clamp(min=1).minimum(tokens)
+
+    def _affordable(self, slot_bytes: int, tokens: Tensor) -> int:
+        assert self.bytes is not None
+        if self.bytes < slot_bytes:
+            raise BudgetError(
+                f"a budget of {self.bytes} bytes is below one slot per KV head and layer, which takes {slot_bytes} "
+                f"bytes in this model; ask for at least that",
+                smallest=round(1 / max(int(tokens.max()), 1) + 5e-7, 6),
+            )
+        return self.bytes // slot_bytes
+
+
+def _parse_bytes(value: int | str) -> int:
+    if isinstance(value, int):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|B)?\s*", value)
+    if match is None:
+        raise BudgetError(f"bytes must be a whole number or like '64MiB' ({', '.join(BYTE_UNITS)}); got {value!r}")
+    return int(Fraction(match[1]) * BYTE_UNITS[match[2] or "B"])

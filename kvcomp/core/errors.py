@@ -1,0 +1,106 @@
+"""Every error and warning of kvcomp. Each error is a `KVCompError` and the natural builtin.
+
+KVCompError
+├── ConfigError (ValueError)             a strategy file or override with faults; lists all of them, each with its path
+├── UnknownNameError (LookupError)       no part, recipe, adapter, task or testbed of that name
+├── DuplicateNameError (ValueError)      two plugins claim one name
+├── BudgetError (ValueError)             a budget that cannot be read or cannot be met; `smallest` says what could
+├── InputError (ValueError)              an image file, a prompt or a folder that cannot be used
+├── UnsupportedModelError (TypeError)    a model that cannot be compressed
+└── UnsupportedUseError (RuntimeError)   a supported model, used in a way that would give wrong results
+KVCompWarning (UserWarning)
+├── PluginWarning                        a plugin that failed to load, named and skipped
+├── IgnoredSettingWarning                a setting that the recipe does not look at
+└── UnusedCacheWarning                   `compress()` was entered and its cache never used
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "BudgetError",
+    "ConfigError",
+    "DuplicateNameError",
+    "IgnoredSettingWarning",
+    "InputError",
+    "KVCompError",
+    "KVCompWarning",
+    "PluginWarning",
+    "UnknownNameError",
+    "UnsupportedModelError",
+    "UnsupportedUseError",
+    "UnusedCacheWarning",
+]
+
+
+class KVCompError(Exception):
+    """Base of every error that kvcomp raises on purpose."""
+
+
+class ConfigError(KVCompError, ValueError):
+    """A strategy that cannot be built. `faults` holds every fault found, as `path: what must hold, what was given`."""
+
+    def __init__(self, faults: Iterable[str], source: str = "strategy") -> None:
+        self.faults = tuple(faults)
+        self.source = source
+        lines = "\n".join(f"  {fault}" for fault in self.faults)
+        count = len(self.faults)
+        super().__init__(f"{source} has {count} fault{'s' if count != 1 else ''}:\n{lines}")
+
+
+class UnknownNameError(KVCompError, LookupError):
+    """A name that nothing is registered under."""
+
+
+class DuplicateNameError(KVCompError, ValueError):
+    """A name that two plugins register."""
+
+
+class BudgetError(KVCompError, ValueError):
+    """A budget that cannot be read or met. `smallest` is the smallest ratio that works, where there is one."""
+
+    def __init__(self, message: str, smallest: float | None = None) -> None:
+        self.smallest = smallest
+        super().__init__(message)
+
+
+class InputError(KVCompError, ValueError):
+    """An input file, prompt or folder that cannot be used."""
+
+
+class UnsupportedModelError(KVCompError, TypeError):
+    """A model whose cache kvcomp cannot compress."""
+
+
+class UnsupportedUseError(KVCompError, RuntimeError):
+    """A use of a compressed cache that would silently give wrong results."""
+
+
+class KVCompWarning(UserWarning):
+    """Base of every warning of kvcomp."""
+
+
+class PluginWarning(KVCompWarning):
+    """A plugin failed to load and was skipped."""
+
+
+class IgnoredSettingWarning(KVCompWarning):
+    """A setting has no effect on this recipe."""
+
+
+class UnusedCacheWarning(KVCompWarning):
+    """A cache was made and never used."""
+
+
+def suggest(name: str, available: Iterable[str]) -> str:
+    """Return the end of an error message: the nearest of the available names, then all of them.
+
+    >>> suggest("proxi-attention", ["random", "proxy-attention"])
+    "Did you mean 'proxy-attention'? Available: proxy-attention, random."
+    """
+    names = sorted(available)
+    near = difflib.get_close_matches(str(name), names, n=1)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    return f"{hint}Available: {', '.join(names) or 'none'}."

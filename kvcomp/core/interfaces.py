@@ -1,0 +1,189 @@
+"""The interfaces of the parts. One abstract method each; a part is a frozen pydantic model whose fields are its settings."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from kvcomp.core.types import Assignment, AttentionBlock, LayerPlan, LayerView, Pivots, Scores
+
+
+class Part(BaseModel, ABC):
+    """A small, immutable piece of a strategy. Its `use` name is its registry name, its `kind` the key it has in a file.
+
+    `requires` and `provides` name what must come from, and what it gives to, the other parts of a pipeline; a pipeline
+    in which something required is provided by nobody is refused when it is built.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    kind: ClassVar[str]
+    use: ClassVar[str] = ""
+    requires: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls, use: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if use is not None:
+            cls.use = use
+
+    def observations(self) -> tuple[Observation, ...]:
+        """Return the attention statistics that this part reads from `layer.observations`."""
+        return ()
+
+    def dump(self) -> dict[str, Any]:
+        """Return the part as a strategy file holds it."""
+        return {"use": self.use, **self.model_dump(mode="json")}
+
+
+class Observation(Part):
+    """A statistic of the attention rows, written as a fold: the runtime streams blocks of rows through `update`.
+
+    Nothing ever holds a tokens x tokens matrix. Equal observations are computed once. Results are per query head, and
+    no statistic may mix the rows of a batch.
+    """
+
+    kind = "observation"
+    carried: ClassVar[bool] = False  # a per-token sum that is kept for surviving slots and added to in later turns
+
+    def rows(self, valid: Tensor) -> Tensor | None:
+        """Return which queries are needed: `(batch, rows)` int64, ascending, -1 for none; None for all of them.
+
+        Args:
+            valid: `(batch, queries)` bool, false on padding.
+        """
+        return None
+
+    @abstractmethod
+    def update(self, state: Any, block: AttentionBlock) -> Any:
+        """Return the state after one more block of rows; `state` is None before the first."""
+
+    def result(self, state: Any) -> Tensor:
+        """Return what parts read; the state itself unless overridden."""
+        assert isinstance(state, Tensor)
+        return state
+
+
+class LayerPolicy(Part):
+    """Decides what a layer may do."""
+
+    kind = "policy"
+
+    @abstractmethod
+    def plan(self, layer: LayerView) -> LayerPlan:
+        """Return the rule, the measured rho and the share of each row."""
+
+
+class BudgetAllocator(Part):
+    """Divides the budget among layers and heads."""
+
+    kind = "allocator"
+    scope: ClassVar[Literal["layer", "model"]] = "layer"  # "model" needs every layer's scores first
+
+    @abstractmethod
+    def allocate(self, slots: Tensor, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Tensor:
+        """Return the slots of each head, `(layers, batch, kv_heads)` int64 on the CPU.
+
+        Args:
+            slots: the uniform share per KV head and layer, `(batch,)` int64 on the CPU.
+            layers: this layer alone, or all layers, as `scope` says.
+            scores: of the same layers.
+        """
+
+
+class Scorer(Part):
+    """Says how much each token matters."""
+
+    kind = "scorer"
+    provides = frozenset({"scores"})
+
+    @abstractmethod
+    def score(self, layer: LayerView, slots: Tensor) -> Tensor:
+        """Return the importance of each token, `(batch, kv_heads, tokens)`; higher is kept, ties go to the earlier token.
+
+        Args:
+            layer: what the layer holds.
+            slots: the uniform share per row, `(batch,)` int64 on the CPU, for windows that scale with it.
+        """
+
+    def protect(self, layer: LayerView, slots: Tensor) -> Tensor | None:
+        """Return which tokens are kept whatever their score, `(batch, kv_heads, tokens)` bool; None for none.
+
+        Args:
+            layer: what the layer holds.
+            slots: `(batch,)`, the uniform share, for the allocator; `(batch, kv_heads)`, what was allotted, for the selector.
+        """
+        return None
+
+
+class PivotSelector(Part):
+    """Chooses the tokens that stay."""
+
+    kind = "selector"
+    provides = frozenset({"pivots"})
+
+    @abstractmethod
+    def select(self, layer: LayerView, scores: Scores, slots: Tensor) -> Pivots:
+        """Return the pivots. `slots` `(batch, kv_heads)` int64 on the CPU is never more than a head has valid tokens."""
+
+
+class Matcher(Part):
+    """Says where every other token goes."""
+
+    kind = "matcher"
+    requires = frozenset({"pivots"})
+
+    @abstractmethod
+    def match(self, layer: LayerView, pivots: Pivots, scores: Scores, rule: Tensor) -> Assignment:
+        """Return the edges from the tokens that do not stay to the pivots. `rule` `(batch,)` holds a `Rule` per row."""
+
+
+class Merger(Part):
+    """Folds the other tokens into the pivots."""
+
+    kind = "merger"
+    requires = frozenset({"pivots"})
+
+    @abstractmethod
+    def merge(self, layer: LayerView, pivots: Pivots, assignment: Assignment) -> tuple[Tensor, Tensor, Tensor]:
+        """Return new keys and values `(batch, kv_heads, slots, head_dim)` and counts `(batch, kv_heads, slots)` float32."""
+
+
+class SlotStorage(ABC):
+    """The keys and values of one layer of one request: the mutable object that a `Store` opens."""
+
+    @abstractmethod
+    def replace(self, keys: Tensor, values: Tensor) -> None:
+        """Hold exactly these slots, `(batch, kv_heads, slots, head_dim)` each, and nothing else."""
+
+    @abstractmethod
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add slots at the end."""
+
+    @abstractmethod
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the filled slots; views where the store can give them."""
+
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Return the bytes of all storages held, filled or not, read from the storages."""
+
+
+class Store(Part):
+    """Says how a layer's slots are held in memory."""
+
+    kind = "store"
+
+    @abstractmethod
+    def open(self, reserve: int | None = None) -> SlotStorage:
+        """Return an empty storage for one layer; `reserve` slots of room are taken at the first append."""
+
+
+PART_KINDS: dict[str, type[Part]] = {
+    interface.kind: interface
+    for interface in (LayerPolicy, BudgetAllocator, Scorer, PivotSelector, Matcher, Merger, Store, Observation)
+}

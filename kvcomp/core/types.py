@@ -1,0 +1,183 @@
+"""The data that flows through one layer's pipeline. Everything here is immutable by agreement: parts return new tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Modality(IntEnum):
+    """What a token came from."""
+
+    TEXT = 0
+    IMAGE = 1
+    VIDEO = 2
+    AUDIO = 3
+
+
+class Rule(IntEnum):
+    """Which pivots a token may be merged into."""
+
+    CROSS = 0  # any pivot
+    INTRA = 1  # a pivot of its own modality
+    HETERO = 2  # a pivot of another modality
+    NONE = 3  # no pivot
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionBlock:
+    """Some rows of exact softmax attention, as the model computes it (its mask, scaling, softcap and sinks).
+
+    Attributes:
+        probs: `(batch, heads, rows, tokens)` float32; rows of pads are zero.
+        rows: `(batch, rows)` int64, which query each row is, -1 for none.
+        row_modality: `(batch, rows)` int8.
+        row_valid: `(batch, rows)` bool.
+        modality: of the keys, `(batch, kv_heads, tokens)` int8.
+        valid: of the keys, `(batch, kv_heads, tokens)` bool.
+    """
+
+    probs: Tensor
+    rows: Tensor
+    row_modality: Tensor
+    row_valid: Tensor
+    modality: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LayerView:
+    """What one layer holds when it is compressed: the slots of earlier compressions, then the new tokens.
+
+    Attributes:
+        keys: `(batch, kv_heads, tokens, head_dim)`, after rotary embedding.
+        values: `(batch, kv_heads, tokens, head_dim)`.
+        modality: `(batch, kv_heads, tokens)` int8, a `Modality`.
+        valid: `(batch, kv_heads, tokens)` bool, false on padding and empty slots.
+        indices: `(batch, kv_heads, tokens)` int32, logical position in the row, padding not counted, -1 where invalid.
+        counts: `(batch, kv_heads, tokens)` float32, how many prompt tokens a slot stands for.
+        positions: `(axes, batch, kv_heads, tokens)` int32, what the rotary embedding saw; 3 axes for M-RoPE.
+        layer: number of this layer.
+        layers: number of layers in the model.
+        observations: the statistics that the parts declared, by declaration.
+
+    The tensors of shape `(batch, kv_heads, tokens)` are expanded views (stride 0) as long as the heads agree.
+    """
+
+    keys: Tensor
+    values: Tensor
+    modality: Tensor
+    valid: Tensor
+    indices: Tensor
+    counts: Tensor
+    positions: Tensor
+    layer: int = 0
+    layers: int = 1
+    observations: Mapping[Any, Tensor] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Return `(batch, kv_heads, tokens)`."""
+        batch, kv_heads, tokens = self.keys.shape[:3]
+        return batch, kv_heads, tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """How much each token matters: `values` float32, higher is kept; `protected` tokens are kept first and never merged into.
+
+    Both `(batch, kv_heads, tokens)`.
+    """
+
+    values: Tensor
+    protected: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPlan:
+    """What a layer may do, per row: `rule` `(batch,)` int8, `rho` `(batch,)` float32 (NaN where not measured), `share` `(batch,)`."""
+
+    rule: Tensor
+    rho: Tensor
+    share: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Pivots:
+    """Which tokens stay.
+
+    Attributes:
+        indices: `(batch, kv_heads, slots)` int64, positions on the token axis of the LayerView, ascending, unique.
+        mask: `(batch, kv_heads, slots)` bool, false at the end of heads that keep fewer (their index there is 0);
+            None where every head of every row keeps the same number.
+        groups: optional `(batch, kv_heads, tokens)` int64, the slot number of the cluster of each token.
+    """
+
+    indices: Tensor
+    mask: Tensor | None = None
+    groups: Tensor | None = None
+
+    def gather(self, per_token: Tensor) -> Tensor:
+        """Return `(batch, kv_heads, slots, ...)`: what a `(batch, kv_heads, tokens, ...)` tensor holds at the pivots."""
+        index = self.indices
+        if per_token.dim() == 4:
+            index = index[..., None].expand(-1, -1, -1, per_token.shape[-1])
+        return per_token.gather(2, index)
+
+    def filled(self) -> Tensor:
+        """Return `(batch, kv_heads, slots)` bool: the mask, all true where there is none."""
+        return torch.ones_like(self.indices, dtype=torch.bool) if self.mask is None else self.mask
+
+
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """Where the tokens that do not stay go: edges from sources to slots.
+
+    Attributes:
+        sources: `(batch, kv_heads, others)` int64 token positions, ascending, -1 as padding.
+        targets: `(batch, kv_heads, others, fanout)` int64 slot numbers in `Pivots.indices`, -1 for none.
+        weights: `(batch, kv_heads, others, fanout)` float32, 1 in sum for a source that has a target, else 0.
+    """
+
+    sources: Tensor
+    targets: Tensor
+    weights: Tensor
+
+    @property
+    def merged(self) -> Tensor:
+        """Return `(batch, kv_heads, others)` bool: the sources that have a target."""
+        return (self.targets >= 0).any(dim=-1)
+
+
+@dataclass(frozen=True, eq=False)
+class MergePlan:
+    """Everything that will happen to one layer, as data. `pivots` is None where nothing is to be done."""
+
+    pivots: Pivots | None
+    assignment: Assignment | None
+    rho: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class CompressedLayer:
+    """What one layer keeps.
+
+    `keys`, `values` `(batch, kv_heads, slots, head_dim)`; `indices` int32 (-1 where empty), `counts` float32, `modality`
+    int8, each `(batch, kv_heads, slots)`; `positions` `(axes, batch, kv_heads, slots)`; `mask` bool or None as in `Pivots`;
+    `merged` and `evicted` `(batch,)` float32, means over the KV heads.
+    """
+
+    keys: Tensor
+    values: Tensor
+    indices: Tensor
+    counts: Tensor
+    modality: Tensor
+    positions: Tensor
+    mask: Tensor | None
+    merged: Tensor
+    evicted: Tensor

@@ -1,0 +1,47 @@
+"""The words that MiniMile knows: about 250, one token each, digits one by one."""
+
+from __future__ import annotations
+
+PAD, UNKNOWN, IM_START, IM_END = "<|endoftext|>", "<|unk|>", "<|im_start|>", "<|im_end|>"
+VISION_START, VISION_END, IMAGE, VIDEO = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
+SPECIALS = (PAD, UNKNOWN, IM_START, IM_END, VISION_START, VISION_END, IMAGE, VIDEO)
+
+DIGITS = tuple("0123456789")
+COLOURS = tuple("red green blue yellow purple orange cyan pink".split())
+SHAPES = tuple("circle square triangle cross".split())
+NAMES = tuple(
+    "lisbon oslo paris rome cairo delhi tokyo lima quito dakar hanoi seoul berlin vienna prague athens dublin madrid "
+    "warsaw zagreb havana bogota tunis accra nairobi manila ankara kyiv riga geneva boston dallas denver perth "
+    "bergen milan turin porto lyon bonn".split()
+)
+NOUNS = tuple(
+    "farmer river house garden teacher bird mountain letter doctor market window sailor forest bridge baker island "
+    "train horse village singer tower lake road child cat dog boat king queen painter".split()
+)
+VERBS = tuple(
+    "sees likes finds paints follows remembers visits draws knows hears leaves builds helps watches brings keeps "
+    "carries misses wants opens".split()
+)
+ADJECTIVES = tuple(
+    "old young quiet bright tall small happy tired brave gentle cold warm heavy strange early late clever proud "
+    "simple hidden broken golden empty busy".split()
+)
+FRAME = tuple("user assistant answer colour shape number code of image the magic : ? . , #".split())
+LATER = tuple(
+    "big star diamond left right up down top bottom centre row column first last before after next picture what "
+    "which is was a in on there moved turned gone added changed difference order step goal source target put go "
+    "stop yes no none table history context question text secret show shows many how one two".split()
+)
+"""Words that no task of this first cut uses: room for the next ones without a new tokenizer."""
+
+WORDS = SPECIALS + DIGITS + COLOURS + SHAPES + NAMES + NOUNS + VERBS + ADJECTIVES + FRAME + LATER
+TOKEN_IDS: dict[str, int] = {word: index for index, word in enumerate(WORDS)}
+
+
+def encode(text: str) -> list[int]:
+    """Return the token ids of words that are separated by white space, specials included.
+
+    >>> encode("number of lisbon ?") == [TOKEN_IDS[word] for word in ("number", "of", "lisbon", "?")]
+    True
+    """
+    return [TOKEN_IDS[word] for word in text.split()]
