@@ -1,0 +1,1 @@
+"""Pure tensors: the types, the interfaces, the strategy and the registry. Never imports transformers."""

@@ -1,0 +1,119 @@
+"""Exact rows of the model's attention, streamed in blocks to the observations that the parts declared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from kvcomp.core.interfaces import Observation
+from kvcomp.core.types import AttentionBlock
+
+BLOCK_ELEMENTS = 2**22  # probabilities alive at a time, 16 MiB in float32: a block has as many rows as fit
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionInputs:
+    """What one layer's attention saw.
+
+    Attributes:
+        queries: `(batch, heads, queries, head_dim)`, after rotary embedding.
+        keys: `(batch, kv_heads, tokens, head_dim)`, likewise.
+        query_columns: `(queries,)` int64, the column (padding counted) of each query.
+        key_columns: `(batch or 1, kv_heads or 1, tokens)` int64.
+        query_modality, query_valid: `(batch, queries)` int8 and bool.
+        modality, valid: of the keys, `(batch, kv_heads, tokens)` int8 and bool.
+        mask: `(batch or 1, heads or 1, queries, tokens)`, bool or additive; None means causal by columns.
+        scaling: factor of the logits.
+        softcap: cap of the logits, or None.
+        sinks: `(heads,)` extra logits that take probability and have no key, or None.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    query_columns: Tensor
+    key_columns: Tensor
+    query_modality: Tensor
+    query_valid: Tensor
+    modality: Tensor
+    valid: Tensor
+    mask: Tensor | None
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+def observe(inputs: AttentionInputs, observations: Iterable[Observation]) -> dict[Observation, Tensor]:
+    """Return the result of each observation. Those that need all rows share one pass.
+
+    Memory beyond the inputs is one block of rows and the states; at most a float32 copy of the keys.
+    """
+    passes: dict[Observation | None, tuple[Tensor | None, list[Observation]]] = {}
+    for observation in dict.fromkeys(observations):
+        rows = observation.rows(inputs.query_valid)
+        passes.setdefault(None if rows is None else observation, (rows, []))[1].append(observation)
+    results: dict[Observation, Tensor] = {}
+    keys = inputs.keys.float() if passes else inputs.keys
+    for rows, members in passes.values():
+        states: dict[Observation, Any] = dict.fromkeys(members)
+        for block in _blocks(inputs, keys, rows):
+            for observation in members:
+                states[observation] = observation.update(states[observation], block)
+        results |= {observation: observation.result(states[observation]) for observation in members}
+    return results
+
+
+def _blocks(inputs: AttentionInputs, keys: Tensor, rows: Tensor | None) -> Iterator[AttentionBlock]:
+    batch, heads, queries, _ = inputs.queries.shape
+    if rows is None:
+        rows = torch.arange(queries, device=keys.device).expand(batch, queries)
+    size = max(1, BLOCK_ELEMENTS // (batch * heads * keys.shape[2]))
+    for start in range(0, rows.shape[1], size):
+        chunk = rows[:, start : start + size]
+        valid = (chunk >= 0) & inputs.query_valid.gather(1, chunk.clamp(min=0))
+        yield AttentionBlock(
+            probs=_probabilities(inputs, keys, chunk.clamp(min=0), valid),
+            rows=chunk,
+            row_modality=inputs.query_modality.gather(1, chunk.clamp(min=0)),
+            row_valid=valid,
+            modality=inputs.modality,
+            valid=inputs.valid,
+        )
+
+
+def _probabilities(inputs: AttentionInputs, keys: Tensor, rows: Tensor, valid: Tensor) -> Tensor:
+    """Return `(batch, heads, rows, tokens)` float32: softmax rows, zero where `valid` `(batch, rows)` is false."""
+    queries = inputs.queries.gather(2, rows[:, None, :, None].expand(-1, inputs.queries.shape[1], -1, keys.shape[-1]))
+    grouped = rearrange(queries.float(), "b (kv group) rows d -> b kv (group rows) d", kv=keys.shape[1])
+    logits = rearrange(
+        grouped @ keys.transpose(-1, -2) * inputs.scaling,
+        "b kv (group rows) tokens -> b (kv group) rows tokens",
+        rows=rows.shape[1],
+    )
+    if inputs.softcap is not None:
+        logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
+    logits = _masked(inputs, logits, rows)
+    if inputs.sinks is not None:
+        sinks = inputs.sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        probs = torch.cat([logits, sinks], dim=-1).softmax(dim=-1)[..., :-1]
+    else:
+        probs = logits.softmax(dim=-1)
+    return probs.masked_fill_(~valid[:, None, :, None], 0.0)
+
+
+def _masked(inputs: AttentionInputs, logits: Tensor, rows: Tensor) -> Tensor:
+    """Return the logits with what a query may not see at the lowest float (a row of pads stays finite)."""
+    lowest = torch.finfo(logits.dtype).min
+    if inputs.mask is None:
+        group = logits.shape[1] // inputs.key_columns.shape[1] if inputs.key_columns.shape[1] > 1 else 1
+        key_columns = inputs.key_columns.repeat_interleave(group, dim=1)[:, :, None]  # (batch, heads, 1, tokens)
+        hidden = key_columns > inputs.query_columns[rows][:, None, :, None]
+        return logits.masked_fill_(hidden, lowest)
+    mask = inputs.mask.expand(rows.shape[0], -1, -1, -1)
+    index = rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])
+    mask = mask.gather(2, index)
+    return logits.masked_fill_(~mask, lowest) if mask.dtype == torch.bool else (logits + mask).clamp_(min=lowest)

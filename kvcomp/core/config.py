@@ -1,0 +1,175 @@
+"""Strategies from names, files and mappings. Every fault is found in one go, and named by its path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from kvcomp.core.budget import Budget
+from kvcomp.core.errors import BudgetError, ConfigError, InputError, UnknownNameError, suggest
+from kvcomp.core.interfaces import PART_KINDS, Part
+from kvcomp.core.registry import registry
+from kvcomp.core.strategy import Strategy
+
+PART_KEYS = tuple(kind for kind in PART_KINDS if kind != "observation")
+SETTING_KEYS = ("name", "budget", "mass_preserving", "turns")
+DEFAULT_PARTS = {"policy": "uniform", "allocator": "uniform", "matcher": "none", "merger": "drop", "store": "dense"}
+
+StrategyLike = "Strategy | str | Path | Mapping[str, Any]"
+
+
+def strategy(
+    source: Strategy | str | Path | Mapping[str, Any],
+    budget: Any = None,
+    **overrides: Any,
+) -> Strategy:
+    """Return the strategy that a recipe name, a YAML file or a mapping describes.
+
+    Args:
+        source: a recipe's name (`"flowmm"`), a path of a YAML file, a mapping of the same form, or a strategy.
+        budget: replaces the budget: a ratio in (0, 1], `{"tokens": 512}` or `{"bytes": "64MiB"}`.
+        overrides: dotted names change a field of the part that is there (`**{"policy.threshold": 0.3}`); a bare part
+            name replaces the part (`merger="mean"`, or a mapping with `use`); `turns`, `mass_preserving` and `name` are set.
+
+    Raises:
+        ConfigError: listing every fault with its path.
+        UnknownNameError: no recipe of that name.
+
+    >>> strategy("flowmm", 0.1, **{"policy.threshold": 0.3}).policy.threshold
+    0.3
+    """
+    document, label = _document(source)
+    faults: list[str] = []
+    document = _with_base(document, faults)
+    if budget is not None:
+        document["budget"] = budget
+    for path, value in overrides.items():
+        _override(document, path, value, faults)
+    return _build(document, faults, label)
+
+
+def load_document(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file.
+
+    Raises:
+        InputError: the file cannot be read, is not YAML, or holds no mapping.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"a strategy file must be readable text: {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"a strategy file must be YAML: {path}: {error}") from None
+    if not isinstance(document, dict):
+        raise InputError(f"a strategy file must hold a mapping of parts, got {type(document).__name__}: {path}")
+    return {str(key): value for key, value in document.items()}
+
+
+def recipe_document(name: str) -> dict[str, Any]:
+    """Return a registered recipe as the mapping that its author wrote, with its name."""
+    value = registry.find("recipe", name).value
+    document = dict(value) if isinstance(value, Mapping) else load_document(Path(value))
+    return {"name": name} | document
+
+
+def _document(source: Strategy | str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    if isinstance(source, Strategy):
+        return source.dump(), f"strategy {source.name!r}"
+    if isinstance(source, Mapping):
+        return dict(source), f"strategy {source.get('name', 'custom')!r}"
+    if isinstance(source, Path) or source.endswith((".yaml", ".yml")):
+        return {"name": Path(source).stem} | load_document(Path(source)), str(source)
+    return recipe_document(source), f"recipe {source!r}"
+
+
+def _with_base(document: dict[str, Any], faults: list[str]) -> dict[str, Any]:
+    """Return the document with `{base: NAME, set: {...}}` resolved: the base's parts, changed by the overrides in `set`."""
+    if "base" not in document:
+        return dict(document)
+    own = dict(document)
+    base, changes = own.pop("base"), own.pop("set", {})
+    try:
+        merged = _with_base(recipe_document(str(base)), faults)
+    except UnknownNameError as error:
+        faults.append(f"base: {error}")
+        return own
+    if not isinstance(changes, Mapping):
+        faults.append(f"set: must be a mapping of overrides, got {changes!r}")
+        changes = {}
+    merged |= own
+    for path, value in changes.items():
+        _override(merged, str(path), value, faults)
+    return merged
+
+
+def _override(document: dict[str, Any], path: str, value: Any, faults: list[str]) -> None:
+    kind, _, field = path.partition(".")
+    if not field:
+        document[kind] = value
+        return
+    part = document.get(kind, DEFAULT_PARTS.get(kind))
+    if kind not in PART_KEYS:
+        faults.append(f"{path}: no part named {kind!r}. {suggest(kind, PART_KEYS)}")
+    elif part is None:
+        faults.append(f"{path}: this strategy has no {kind} to change")
+    else:
+        document[kind] = {**({"use": part} if isinstance(part, str) else part), field: value}
+
+
+def _build(document: dict[str, Any], faults: list[str], label: str) -> Strategy:
+    for key in document.keys() - {*PART_KEYS, *SETTING_KEYS}:
+        faults.append(f"{key}: no such key. {suggest(key, (*PART_KEYS, *SETTING_KEYS))}")
+    fields: dict[str, Any] = {kind: _part(kind, document, faults) for kind in PART_KEYS}
+    fields |= {"name": str(document.get("name", "custom")), "budget": _budget(document.get("budget", 1.0), faults)}
+    fields["turns"] = _choice(document, "turns", ("recompress", "append"), faults)
+    fields["mass_preserving"] = _choice(document, "mass_preserving", (False, True), faults)
+    if faults:
+        raise ConfigError(sorted(faults), source=label)
+    return Strategy(**fields)
+
+
+def _choice(document: dict[str, Any], key: str, choices: tuple[Any, ...], faults: list[str]) -> Any:
+    value = document.get(key, choices[0])
+    if value not in choices or type(value) is not type(choices[0]):
+        faults.append(f"{key}: must be one of {', '.join(map(str, choices)).lower()}, got {value!r}")
+    return value
+
+
+def _budget(value: Any, faults: list[str]) -> Budget | None:
+    try:
+        return Budget.parse(value)
+    except BudgetError as error:
+        faults.append(f"budget: {error}")
+        return None
+
+
+def _part(kind: str, document: dict[str, Any], faults: list[str]) -> Part | None:
+    """Return the part of this kind, None where the document has none and there is no default."""
+    spec = document.get(kind, DEFAULT_PARTS.get(kind))
+    if spec is None:
+        return None
+    spec = {"use": spec} if isinstance(spec, str) else spec
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("use"), str):
+        faults.append(f"{kind}: must be a name or {{use: NAME, field: value}}, got {spec!r}")
+        return None
+    try:
+        part_class: type[Part] = registry.find(kind, spec["use"]).value
+        return part_class(**{str(key): value for key, value in spec.items() if key != "use"})
+    except UnknownNameError as error:
+        faults.append(f"{kind}.use: {error}")
+    except ValidationError as error:
+        faults += [_fault(kind, part_class, dict(detail)) for detail in error.errors()]
+    return None
+
+
+def _fault(kind: str, part_class: type[Part], detail: dict[str, Any]) -> str:
+    path = ".".join(map(str, (kind, *detail["loc"])))
+    if detail["type"] == "extra_forbidden":
+        field = str(detail["loc"][-1])
+        return f"{path}: {part_class.use!r} has no field {field!r}. {suggest(field, part_class.model_fields)}"
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{path}: {message}, got {detail['input']!r}"

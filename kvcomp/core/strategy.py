@@ -1,0 +1,167 @@
+"""A strategy: parts, composed. Pure and immutable, so one strategy can serve any number of requests and threads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from kvcomp.core.budget import Budget
+from kvcomp.core.errors import ConfigError
+from kvcomp.core.interfaces import (
+    BudgetAllocator,
+    LayerPolicy,
+    Matcher,
+    Merger,
+    Observation,
+    Part,
+    PivotSelector,
+    Scorer,
+    Store,
+)
+from kvcomp.core.types import CompressedLayer, LayerView, MergePlan, Scores
+
+Turns = Literal["recompress", "append"]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A method of compression: one part per stage. Build it with `kvcomp.strategy(...)`.
+
+    A strategy without a selector (`full`) keeps everything and ignores its budget.
+
+    Attributes:
+        budget: what may be kept.
+        mass_preserving: add log(count) to the logits of a slot, so that it weighs as much as the tokens it stands for.
+        turns: `recompress` (the budget is of all tokens seen) or `append` (what comes after the first compression stays).
+    """
+
+    name: str
+    budget: Budget
+    policy: LayerPolicy
+    allocator: BudgetAllocator
+    matcher: Matcher
+    merger: Merger
+    store: Store
+    scorer: Scorer | None = None
+    selector: PivotSelector | None = None
+    mass_preserving: bool = False
+    turns: Turns = "recompress"
+
+    def __post_init__(self) -> None:
+        if faults := _conflicts(self):
+            raise ConfigError(faults, source=f"strategy {self.name!r}")
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Return the parts that are present, in the order of the pipeline."""
+        stages = (self.policy, self.scorer, self.allocator, self.selector, self.matcher, self.merger, self.store)
+        return tuple(part for part in stages if part is not None)
+
+    @property
+    def observations(self) -> tuple[Observation, ...]:
+        """Return what all parts together need to see of the attention, each once."""
+        if self.selector is None:
+            return ()
+        return tuple(dict.fromkeys(seen for part in self.parts for seen in part.observations()))
+
+    def dump(self) -> dict[str, Any]:
+        """Return the strategy as its file holds it; `kvcomp.strategy` reads it back to an equal one."""
+        document: dict[str, Any] = {"name": self.name, "budget": self.budget.dump()}
+        document |= {part.kind: part.dump() for part in self.parts}
+        return document | {"mass_preserving": self.mass_preserving, "turns": self.turns}
+
+    def slots(self, tokens: Tensor, slot_bytes: int) -> Tensor:
+        """Return the uniform share of the budget, `(batch,)`; all tokens where there is no selector. See `Budget.slots`."""
+        return tokens if self.selector is None else self.budget.slots(tokens, slot_bytes)
+
+    def scores(self, layer: LayerView, slots: Tensor | None = None) -> Scores:
+        """Return the importance and the protection of each token. `slots` is the uniform share, `(batch,)`."""
+        slots = self._share(layer) if slots is None else slots
+        protected = torch.zeros_like(layer.valid)
+        if self.scorer is None:
+            return Scores(torch.zeros(layer.shape, device=layer.keys.device), protected)
+        values = self.scorer.score(layer, slots).float().nan_to_num()
+        wanted = self.scorer.protect(layer, slots)
+        return Scores(values, protected if wanted is None else wanted & layer.valid)
+
+    def allocate(self, slots: Tensor, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Tensor:
+        """Return the slots of every head, `(layers, batch, kv_heads)`, none above what the head holds."""
+        held = torch.stack([layer.valid.sum(dim=-1) for layer in layers]).cpu()
+        return self.allocator.allocate(slots, layers, scores).minimum(held)
+
+    def plan(self, layer: LayerView, slots: Tensor | None = None, scores: Scores | None = None) -> MergePlan:
+        """Return what happens to this layer, as data.
+
+        Args:
+            layer: what the layer holds, with the observations that `observations` names.
+            slots: what each head was allotted, `(batch, kv_heads)` int64 on the CPU; by default the allocator is asked
+                with the budget's share of this view's valid tokens.
+            scores: from `scores`, by default computed here.
+        """
+        rho = torch.full((layer.shape[0],), float("nan"), device=layer.keys.device)
+        if self.selector is None:
+            return MergePlan(None, None, rho)
+        share = self._share(layer) if slots is None else slots.amax(dim=-1)
+        scores = self.scores(layer, share) if scores is None else scores
+        if slots is None:
+            slots = self.allocate(share, [layer], [scores])[0]
+        scores = self._protect(layer, scores, slots)
+        policy = self.policy.plan(layer)
+        pivots = self.selector.select(layer, scores, slots)
+        return MergePlan(pivots, self.matcher.match(layer, pivots, scores, policy.rule), policy.rho)
+
+    def apply(self, layer: LayerView, plan: MergePlan) -> CompressedLayer:
+        """Return what the layer keeps under this plan: new tensors, the view is not changed."""
+        if plan.pivots is None or plan.assignment is None:
+            zero = torch.zeros(layer.shape[0], device=layer.keys.device)
+            return CompressedLayer(
+                layer.keys, layer.values, layer.indices, layer.counts, layer.modality, layer.positions, None, zero, zero
+            )
+        pivots = plan.pivots
+        keys, values, counts = self.merger.merge(layer, pivots, plan.assignment)
+        merged = plan.assignment.merged.sum(-1).float().mean(-1)
+        others = (plan.assignment.sources >= 0).sum(-1).float().mean(-1)
+        empty = ~pivots.filled()
+        return CompressedLayer(
+            keys=keys.to(layer.keys.dtype),
+            values=values.to(layer.values.dtype),
+            indices=pivots.gather(layer.indices).masked_fill(empty, -1),
+            counts=counts.masked_fill(empty, 0.0),
+            modality=pivots.gather(layer.modality),
+            positions=torch.stack([pivots.gather(axis) for axis in layer.positions]),
+            mask=pivots.mask,
+            merged=merged,
+            evicted=others - merged,
+        )
+
+    def _share(self, layer: LayerView) -> Tensor:
+        itemsize = layer.keys.element_size()
+        slot_bytes = layer.layers * layer.shape[1] * (layer.keys.shape[-1] + layer.values.shape[-1]) * itemsize
+        return self.slots(layer.valid.sum(dim=-1).amax(dim=-1).cpu(), slot_bytes)
+
+    def _protect(self, layer: LayerView, scores: Scores, slots: Tensor) -> Scores:
+        """Return the scores with the protection for what was allotted; where that is too little, the latest win."""
+        if self.scorer is None:
+            return scores
+        wanted = self.scorer.protect(layer, slots)
+        if wanted is None:
+            return scores
+        wanted = wanted & layer.valid
+        from_end = wanted.flip(-1).cumsum(-1).flip(-1)  # 1 at the latest protected token
+        return Scores(scores.values, wanted & (from_end <= slots.to(wanted.device)[..., None]))
+
+
+def _conflicts(strategy: Strategy) -> list[str]:
+    """Return a fault for every part that requires what no part of the pipeline provides."""
+    if strategy.selector is None:
+        return []
+    provided = frozenset().union(*(part.provides for part in strategy.parts))
+    return [
+        f"{part.kind}: {part.use!r} needs {need}, which no part of this pipeline provides"
+        for part in strategy.parts
+        for need in sorted(part.requires - provided)
+    ]

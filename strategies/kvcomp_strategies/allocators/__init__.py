@@ -1,0 +1,1 @@
+"""Budget allocators: how many slots each head gets."""

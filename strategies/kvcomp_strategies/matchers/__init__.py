@@ -1,0 +1,1 @@
+"""Matchers: where every other token goes."""

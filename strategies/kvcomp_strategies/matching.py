@@ -1,0 +1,81 @@
+"""From every token that does not stay to the most similar pivot that may receive it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvcomp.core.types import Assignment, LayerView, Modality, Pivots, Rule
+
+CHUNK_ELEMENTS = 2**22  # similarities alive at a time, 16 MiB in float32
+TIE = 1e-6  # float32 cosines closer than this are equal, and the earlier pivot wins
+FORBIDDEN = -4.0  # added to the cosine of a forbidden pair: below every allowed one
+LOWEST_ALLOWED = -2.0
+
+
+def other_tokens(layer: LayerView, pivots: Pivots) -> Tensor:
+    """Return the valid tokens that are no pivots, `(batch, kv_heads, others)` int64 ascending, -1 as padding."""
+    kept = torch.zeros_like(layer.valid)
+    kept.scatter_(2, pivots.indices, pivots.filled())
+    if pivots.mask is not None:  # index 0 of an empty slot must not hide a kept token 0
+        kept.scatter_(2, pivots.indices[..., :1], True)
+    rest = layer.valid & ~kept
+    width = layer.shape[2] - pivots.indices.shape[2] if pivots.mask is None else int(rest.sum(dim=-1).max())
+    order = (~rest).to(torch.uint8).argsort(dim=-1, stable=True)[..., :width]
+    return order.masked_fill(~rest.gather(2, order), -1)
+
+
+def no_edges(layer: LayerView, pivots: Pivots) -> Assignment:
+    """Return an assignment in which every other token is a source without a target."""
+    sources = other_tokens(layer, pivots)
+    targets = torch.full_like(sources, -1)[..., None]
+    return Assignment(sources, targets, torch.zeros(targets.shape, device=targets.device))
+
+
+def nearest_pivots(layer: LayerView, pivots: Pivots, eligible: Tensor, rule: Tensor, floor: float = -1.0) -> Assignment:
+    """Return for each other token the eligible pivot with the largest cosine of keys (FlowMM Eq. 9-10), none where there is none.
+
+    The rule of modalities and the eligibility are written into the matrix product: every key gets one more coordinate per modality
+    (one-hot for a token, a penalty or 0 for a pivot), which adds exactly 0 to an allowed cosine and -4 or less to a forbidden one.
+
+    Args:
+        layer: what the layer holds; similarities are of keys as stored, after rotary embedding.
+        pivots: what stays.
+        eligible: `(batch, kv_heads, slots)` bool, the pivots that may receive tokens.
+        rule: `(batch,)` a `Rule` per row.
+        floor: tokens whose best cosine is below it go nowhere.
+    """
+    sources = other_tokens(layer, pivots)
+    keys = F.normalize(layer.keys.float(), dim=-1, eps=1e-12)
+    one_hot = F.one_hot(layer.modality.long(), len(Modality)).float()
+    tokens = torch.cat([keys, one_hot], dim=-1)
+    receivers = torch.cat([pivots.gather(keys), _penalties(pivots.gather(layer.modality), eligible, rule)], dim=-1)
+    targets = torch.cat(
+        [_nearest(chunk, tokens, receivers, floor) for chunk in sources.split(_rows(receivers), dim=2)], dim=2
+    ) if sources.shape[2] else sources
+    targets = targets.masked_fill(sources < 0, -1)[..., None]
+    return Assignment(sources, targets, (targets >= 0).float())
+
+
+def _rows(receivers: Tensor) -> int:
+    batch, kv_heads, slots, _ = receivers.shape
+    return max(1, CHUNK_ELEMENTS // (batch * kv_heads * slots))
+
+
+def _penalties(modality: Tensor, eligible: Tensor, rule: Tensor) -> Tensor:
+    """Return what each pivot adds to the cosine of a token of each modality, `(batch, kv_heads, slots, modalities)`."""
+    same = F.one_hot(modality.long(), len(Modality)).bool()
+    rule = rule.view(-1, 1, 1, 1)
+    allowed = torch.where(rule == Rule.INTRA, same, torch.where(rule == Rule.HETERO, ~same, rule == Rule.CROSS))
+    return (allowed & eligible[..., None]).float().sub_(1.0).mul_(-FORBIDDEN)
+
+
+def _nearest(sources: Tensor, tokens: Tensor, receivers: Tensor, floor: float) -> Tensor:
+    """Return the slot number of each source's nearest receiver, `(batch, kv_heads, sources)`, -1 where none is allowed."""
+    index = sources.clamp(min=0)[..., None].expand(-1, -1, -1, tokens.shape[-1])
+    similarity = tokens.gather(2, index) @ receivers.transpose(-1, -2)
+    best = similarity.amax(dim=-1, keepdim=True)
+    first = (similarity >= best - TIE).to(torch.uint8).argmax(dim=-1)
+    reached = (best > LOWEST_ALLOWED) & (best >= floor - TIE)
+    return first.masked_fill(~reached.squeeze(-1), -1)

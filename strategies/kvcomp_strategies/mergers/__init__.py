@@ -1,0 +1,1 @@
+"""Mergers: how the other tokens are folded into those that stay."""

@@ -1,0 +1,1 @@
+"""Observations: statistics of the attention rows."""

@@ -1,0 +1,76 @@
+"""The share of attention that crosses modalities."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from kvcomp.core.interfaces import Observation
+from kvcomp.core.types import AttentionBlock, Modality
+
+Flow = tuple[Tensor, Tensor]  # attention to other modalities (batch, heads), number of rows (batch, 1)
+
+
+class CrossModalFlow(Observation, use="cross-modal-flow"):
+    """The inner fraction of FlowMM's Eq. 6 per query head, `(batch, heads)` float32: attention to keys of another modality / all attention.
+
+    The mean over heads is the policy's work. "Heterogeneous" means any other modality, so more than two are served. Only image,
+    video and audio placeholders are non-text; the special tokens around them are text (row r of the FlowMM card).
+
+    The sum of Eq. 7 runs over all rows of the prompt. It is exact up to `exact` queries; above, one seeded random row in each
+    of `strata` equal strata estimates it (a fixed stride would alias with the period of the image layout). The error of the
+    estimate is measured in the explanation page "How a cache is compressed".
+
+    Attributes:
+        exact: up to this many valid queries of a row, all of them are used.
+        strata: number of sampled rows above that.
+        rows_used: `"sampled"` as described, or `"all"` for the exact sum at any length.
+        seed: of the sampled rows; the same rows for a prompt of the same length, in any batch.
+    """
+
+    exact: int = Field(default=512, ge=1)
+    strata: int = Field(default=128, ge=1)
+    rows_used: Literal["sampled", "all"] = "sampled"
+    seed: int = 0
+
+    def rows(self, valid: Tensor) -> Tensor | None:
+        """Return the sampled queries of each row, or None for all of them."""
+        if self.rows_used == "all" or valid.shape[1] <= self.exact:
+            return None
+        tokens = valid.sum(dim=-1, keepdim=True)  # (batch, 1)
+        ranks = self._sampled_ranks(tokens)
+        if not bool(valid.all()):  # padded: some rows may be short enough to be exact
+            every = torch.arange(self.exact, device=valid.device)
+            all_ranks = torch.where(every < tokens, every, -1)
+            ranks = torch.where(tokens <= self.exact, all_ranks, F.pad(ranks, (0, self.exact - self.strata), value=-1))
+        order = (~valid).to(torch.uint8).argsort(dim=-1, stable=True)  # valid queries first, in order
+        return order.gather(1, ranks.clamp(min=0)).masked_fill(ranks < 0, -1)
+
+    def _sampled_ranks(self, tokens: Tensor) -> Tensor:
+        """Return one rank in each stratum, `(batch, strata)`, for rows of `tokens` `(batch, 1)` valid queries."""
+        generator = torch.Generator().manual_seed(self.seed)
+        offset = torch.rand(self.strata, generator=generator, dtype=torch.float64).to(tokens.device)
+        edges = torch.arange(self.strata + 1, device=tokens.device) * tokens // self.strata
+        start, end = edges[:, :-1], edges[:, 1:]
+        return start + (offset * (end - start)).long()
+
+    def update(self, state: Flow | None, block: AttentionBlock) -> Flow:
+        """Return the flow with the block's rows added."""
+        foreign = F.one_hot(block.modality.long(), len(Modality)) == 0  # (batch, kv_heads, tokens, modalities)
+        foreign = (foreign & block.valid[..., None]).to(block.probs.dtype)
+        batch, heads, rows, tokens = block.probs.shape
+        grouped = block.probs.view(batch, foreign.shape[1], -1, tokens)  # query heads of a group one after another
+        flow = (grouped @ foreign).view(batch, heads, rows, -1)
+        own = block.row_modality.long()[:, None, :, None].expand(-1, heads, -1, 1)
+        crossing = flow.gather(3, own).squeeze(3).sum(dim=2)
+        count = block.row_valid.sum(dim=-1, keepdim=True)
+        return (crossing, count) if state is None else (state[0] + crossing, state[1] + count)
+
+    def result(self, state: Flow) -> Tensor:
+        """Return the share of attention that crosses modalities, per query head."""
+        crossing, count = state
+        return crossing / count.clamp(min=1)

@@ -1,0 +1,1 @@
+"""Layer policies: what a layer may do."""

@@ -1,0 +1,45 @@
+"""Heavy hitters: the tokens that all queries together look at."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from kvcomp.core.interfaces import Observation, Scorer
+from kvcomp.core.types import LayerView
+from kvcomp_strategies.observations.received_attention import ReceivedSums
+from kvcomp_strategies.windows import group_mean, last_tokens
+
+
+class ReceivedAttention(Scorer, use="received-attention"):
+    """H2O (FMInference/H2O, `h2o_hf/utils_hh/modify_llama.py`): accumulated attention, plus a recent window.
+
+    The sum runs over all queries of the prompt in float32 and is averaged over the query group. Deviations: the official code
+    keeps one cache per query head and evicts one token per decoded token as well; here compression happens when a forward
+    ends, as in the comparison of FlowMM's Table 1. Its sizes are `int(0.1 * tokens)` twice; here the window is a share of the slots.
+
+    Attributes:
+        recent: share of the slots that goes to the latest tokens (rounded down), the rest to heavy hitters.
+        normalize: `"none"` for the raw sum; `"rows"` divides by the number of later tokens, which is no longer H2O.
+    """
+
+    recent: float = Field(default=0.5, ge=0.0, le=1.0)
+    normalize: Literal["none", "rows"] = "none"
+
+    def observations(self) -> tuple[Observation, ...]:
+        """Return the column sums."""
+        return (ReceivedSums(),)
+
+    def score(self, layer: LayerView, slots: Tensor) -> Tensor:
+        """Return the attention received."""
+        received = group_mean(layer.observations[ReceivedSums()], layer.shape[1])
+        if self.normalize == "rows":
+            seen_by = layer.valid.flip(-1).cumsum(-1).flip(-1)  # a token is seen by itself and all later ones
+            received = received / seen_by.clamp(min=1)
+        return received
+
+    def protect(self, layer: LayerView, slots: Tensor) -> Tensor:
+        """Return the recent window."""
+        return last_tokens(layer, (slots * self.recent).long())

@@ -1,0 +1,1 @@
+"""Selectors: which tokens stay."""

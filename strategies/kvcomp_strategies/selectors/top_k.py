@@ -1,0 +1,42 @@
+"""Keep the best."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvcomp.core.interfaces import PivotSelector
+from kvcomp.core.types import LayerView, Pivots, Scores
+
+
+class TopK(PivotSelector, use="top-k"):
+    """Keep the protected tokens, then those with the highest scores; equal scores go to the earlier token.
+
+    The order is lexicographic (protected, valid, score, place), by stable sorts instead of added constants, which would swallow
+    small scores in low precision. Sorted by place at the end. A smaller budget keeps a subset of a larger one's choice.
+    """
+
+    requires = frozenset({"scores"})
+
+    def select(self, layer: LayerView, scores: Scores, slots: Tensor) -> Pivots:
+        """Return the pivots, `slots` `(batch, kv_heads)` of them per head."""
+        tokens, most = layer.shape[2], int(slots.max())
+        if most == tokens:  # everything stays, and nothing is invalid, or a head could not hold so many
+            return Pivots(torch.arange(tokens, device=layer.keys.device).expand(layer.shape), self._mask(slots, layer))
+        order = scores.values.argsort(dim=-1, descending=True, stable=True)
+        tier = layer.valid.to(torch.uint8) + scores.protected
+        order = order.gather(-1, tier.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
+        mask = self._mask(slots, layer)
+        chosen = order[..., :most]
+        if mask is not None:
+            chosen = chosen.masked_fill(~mask, tokens)
+        chosen = chosen.sort(dim=-1).values
+        return Pivots(chosen if mask is None else chosen.masked_fill(~mask, 0), mask)
+
+    @staticmethod
+    def _mask(slots: Tensor, layer: LayerView) -> Tensor | None:
+        """Return which slots are filled, or None where all are."""
+        most = int(slots.max())
+        if int(slots.min()) == most:
+            return None
+        return torch.arange(most, device=layer.keys.device) < slots.to(layer.keys.device)[..., None]

@@ -1,0 +1,1 @@
+"""Stores: how a layer holds its slots in memory."""

@@ -1,0 +1,52 @@
+"""Windows of recent tokens and sums over query groups: what several scorers share."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from kvcomp.core.types import LayerView
+
+
+def last_tokens(layer: LayerView, count: Tensor) -> Tensor:
+    """Return the last `count` valid tokens of each head as a mask, `(batch, kv_heads, tokens)` bool.
+
+    Args:
+        layer: what the layer holds.
+        count: `(batch,)` or `(batch, kv_heads)`.
+    """
+    count = count.to(layer.valid.device).reshape(layer.shape[0], -1, 1)
+    from_end = layer.valid.flip(-1).cumsum(-1).flip(-1)  # 1 at the last valid token
+    return layer.valid & (from_end <= count)
+
+
+def group_mean(per_head: Tensor, kv_heads: int) -> Tensor:
+    """Return the mean over the query heads that share a KV head: `(batch, heads, ...)` to `(batch, kv_heads, ...)`."""
+    return rearrange(per_head, "b (kv group) ... -> b kv group ...", kv=kv_heads).mean(dim=2)
+
+
+def sum_last_rows(rows: Tensor, count: Tensor) -> Tensor:
+    """Return the sum of the last `count` rows: `(batch, heads, rows, tokens)` to `(batch, heads, tokens)`.
+
+    Args:
+        rows: right-aligned attention rows.
+        count: `(batch,)`, how many of them vote.
+    """
+    from_end = torch.arange(rows.shape[2], 0, -1, device=rows.device)
+    votes = (from_end <= count.to(rows.device)[:, None]).to(rows.dtype)  # (batch, rows)
+    return torch.einsum("bhrt,br->bht", rows, votes)
+
+
+def pool_average(scores: Tensor, eligible: Tensor, kernel: int) -> Tensor:
+    """Return scores averaged over `kernel` neighbours, counting only the eligible ones; `(batch, kv_heads, tokens)`."""
+    if kernel == 1:
+        return scores
+    weight = eligible.to(scores.dtype)
+    total = _box_sum(scores * weight, kernel)
+    return total / _box_sum(weight, kernel).clamp(min=1.0)
+
+
+def _box_sum(values: Tensor, kernel: int) -> Tensor:
+    pooled = torch.nn.functional.avg_pool1d(values, kernel, stride=1, padding=kernel // 2, count_include_pad=True)
+    return pooled * kernel
