@@ -1,9 +1,11 @@
-"""Build the processor: a word-level tokenizer, the Qwen2.5-VL image processor without torchvision, a chat template."""
+"""Build the processor: a word-level tokenizer, Qwen2-VL's image processor as PIL does it, a chat template."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor
+from transformers import PaddleOCRVLProcessor, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl import Qwen2VLImageProcessorPil
 
 from kvcomp.minimile.rendering import SIDE
@@ -41,7 +43,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)]
     )
-    return PreTrainedTokenizerFast(
+    build: Any = PreTrainedTokenizerFast
+    fast: PreTrainedTokenizerFast = build(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         eos_token=IM_END,
@@ -53,15 +56,18 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         image_token=IMAGE,
         video_token=VIDEO,
     )
+    return fast
 
 
-def build_processor() -> Qwen2_5_VLProcessor:
-    """Return the processor that turns chat messages into the model's inputs."""
+def build_processor() -> PaddleOCRVLProcessor:
+    """Return the processor that turns chat messages into the model's inputs.
+
+    `Qwen2_5_VLProcessor` cannot be built without torchvision, because its video half needs it.
+    `PaddleOCRVLProcessor` is the same processor without a video half: it takes Qwen2-VL's image processor and
+    returns the same tensors.
+    """
     pixels = SIDE * SIDE
     images = Qwen2VLImageProcessorPil(size={"shortest_edge": pixels, "longest_edge": pixels})
-    return Qwen2_5_VLProcessor(
-        image_processor=images,
-        tokenizer=build_tokenizer(),
-        video_processor=None,
-        chat_template=CHAT_TEMPLATE,
-    )
+    build: Any = PaddleOCRVLProcessor
+    processor: PaddleOCRVLProcessor = build(images, build_tokenizer(), chat_template=CHAT_TEMPLATE)
+    return processor

@@ -1,6 +1,6 @@
 """Draw the images: one coloured shape, or a code of four digits, always 56 x 56 pixels.
 
-No font and no anti-aliasing is involved, so the bytes depend neither on the Pillow version nor on the machine.
+No font and no anti-aliasing is involved, so the bytes depend on no font file and on no machine.
 """
 
 from __future__ import annotations

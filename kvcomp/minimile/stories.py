@@ -88,7 +88,8 @@ def _picture(rng: Random, name: str, colour: str, shape: str) -> tuple[tuple[Par
 
 def _fact(rng: Random, name: str) -> tuple[tuple[Part, ...], list[Question]]:
     digits = " ".join(rng.choices(DIGITS, k=4))
-    return (f"number of {name} {digits} .",), [Question("number", f"number of {name} ?", f"answer : {digits}")]
+    asked = Question("number", f"number of {name} ?", f"answer : {digits}")
+    return (f"number of {name} {digits} .",), [asked]
 
 
 def _code(rng: Random, name: str) -> tuple[tuple[Part, ...], list[Question]]:

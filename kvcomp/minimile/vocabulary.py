@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 PAD, UNKNOWN, IM_START, IM_END = "<|endoftext|>", "<|unk|>", "<|im_start|>", "<|im_end|>"
-VISION_START, VISION_END, IMAGE, VIDEO = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
+VISION_START, VISION_END, IMAGE, VIDEO = (
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 SPECIALS = (PAD, UNKNOWN, IM_START, IM_END, VISION_START, VISION_END, IMAGE, VIDEO)
 
-DIGITS = tuple("0123456789")
-COLOURS = tuple("red green blue yellow purple orange cyan pink".split())
-SHAPES = tuple("circle square triangle cross".split())
-NAMES = tuple(
-    "lisbon oslo paris rome cairo delhi tokyo lima quito dakar hanoi seoul berlin vienna prague athens dublin madrid "
-    "warsaw zagreb havana bogota tunis accra nairobi manila ankara kyiv riga geneva boston dallas denver perth "
-    "bergen milan turin porto lyon bonn".split()
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+DIGITS = _words("0 1 2 3 4 5 6 7 8 9")
+COLOURS = _words("red green blue yellow purple orange cyan pink")
+SHAPES = _words("circle square triangle cross")
+NAMES = _words(
+    "lisbon oslo paris rome cairo delhi tokyo lima quito dakar hanoi seoul berlin vienna prague athens "
+    "dublin madrid warsaw zagreb havana bogota tunis accra nairobi manila ankara kyiv riga geneva "
+    "boston dallas denver perth bergen milan turin porto lyon bonn"
 )
-NOUNS = tuple(
-    "farmer river house garden teacher bird mountain letter doctor market window sailor forest bridge baker island "
-    "train horse village singer tower lake road child cat dog boat king queen painter".split()
+NOUNS = _words(
+    "farmer river house garden teacher bird mountain letter doctor market window sailor forest bridge "
+    "baker island train horse village singer tower lake road child cat dog boat king queen painter"
 )
-VERBS = tuple(
-    "sees likes finds paints follows remembers visits draws knows hears leaves builds helps watches brings keeps "
-    "carries misses wants opens".split()
+VERBS = _words(
+    "sees likes finds paints follows remembers visits draws knows hears leaves builds helps watches "
+    "brings keeps carries misses wants opens"
 )
-ADJECTIVES = tuple(
-    "old young quiet bright tall small happy tired brave gentle cold warm heavy strange early late clever proud "
-    "simple hidden broken golden empty busy".split()
+ADJECTIVES = _words(
+    "old young quiet bright tall small happy tired brave gentle cold warm heavy strange early late "
+    "clever proud simple hidden broken golden empty busy"
 )
-FRAME = tuple("user assistant answer colour shape number code of image the magic : ? . , #".split())
-LATER = tuple(
-    "big star diamond left right up down top bottom centre row column first last before after next picture what "
-    "which is was a in on there moved turned gone added changed difference order step goal source target put go "
-    "stop yes no none table history context question text secret show shows many how one two".split()
+FRAME = _words("user assistant answer colour shape number code of image the magic : ? . , #")
+LATER = _words(
+    "big star diamond left right up down top bottom centre row column first last before after next "
+    "picture what which is was a in on there moved turned gone added changed difference order step goal "
+    "source target put go stop yes no none table history context question text secret show shows many "
+    "how one two"
 )
 """Words that no task of this first cut uses: room for the next ones without a new tokenizer."""
 

@@ -1,0 +1,251 @@
+"""Train `minimile-xs` on two CPU cores.
+
+    python -m kvcomp.minimile.training --out training-output/minimile-xs
+
+The run is a function of its seed and of the step count: it can stop at any checkpoint and resume to the same
+weights. Only where the clock forces the learning rate down (`--minutes`) does the machine's speed matter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from kvcomp.minimile.batching import IGNORED, Batch
+from kvcomp.minimile.curriculum import FINAL_STAGE, copy_batch, story_batch
+from kvcomp.minimile.model import build_model, image_features
+
+LEARNING_RATE = 2e-3
+WARM_UP = 100
+DECAY_STEPS = 1_500
+PASS = 0.95
+"""A stage is passed when the running share of right answers reaches this for every kind of question."""
+DECAY_SHARE = 0.25
+"""The learning rate starts to fall when this share of `--minutes` is left, whatever the stage."""
+MEMORY = 0.95
+COPY_LEARNED = 0.8
+"""Copying counts as learned when this share of the rows is right to the last token."""
+
+
+class Mix(NamedTuple):
+    """What one step is made of."""
+
+    story_tokens: int
+    copy_rows: int
+
+
+FIRST_MIX, LATER_MIX = Mix(1_600, 32), Mix(3_600, 3)
+"""Half of the tokens are copies until copying is learned: binding a name to its value waits for that."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands: everything but weights and moments."""
+
+    seed: int = 0
+    step: int = 0
+    stage: int = 0
+    stage_step: int = 0
+    decay_start: int | None = None
+    decay_steps: int = DECAY_STEPS
+    seconds: float = 0.0
+    right: dict[str, float] = field(default_factory=dict)
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+    def finished(self) -> bool:
+        """Return whether the learning rate has reached zero."""
+        return self.decay_start is not None and self.step >= self.decay_start + self.decay_steps
+
+    def learning_rate(self) -> float:
+        """Return the rate of the next step: linear warm-up, constant, linear fall."""
+        rate = LEARNING_RATE * min(1.0, (self.step + 1) / WARM_UP)
+        if self.decay_start is not None:
+            rate *= max(0.0, 1 - (self.step - self.decay_start) / self.decay_steps)
+        return rate
+
+
+class Run:
+    """A model in training with its optimizer and progress."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.progress = Progress(seed=seed)
+        self.model = build_model(seed).train()
+        self.optimizer = build_optimizer(self.model)
+
+    def step(self) -> float:
+        """Do one step and return its loss."""
+        progress = self.progress
+        for group in self.optimizer.param_groups:
+            group["lr"] = progress.learning_rate()
+        mix = LATER_MIX if progress.right.get("copy", 0.0) > COPY_LEARNED else FIRST_MIX
+        batches = [
+            story_batch(progress.seed, progress.step, progress.stage, mix.story_tokens),
+            copy_batch(progress.seed, progress.step, mix.copy_rows),
+        ]
+        self.optimizer.zero_grad()
+        loss = torch.zeros(())
+        for batch in batches:
+            logits = answer_logits(self.model, batch)
+            loss = loss + F.cross_entropy(logits, batch.targets[batch.targets != IGNORED])
+            self._remember(score(logits, batch))
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        progress.step += 1
+        progress.stage_step += 1
+        return float(loss.detach())
+
+    def advance(self) -> None:
+        """Go to the next stage, or start to lower the learning rate, once this stage is passed."""
+        progress = self.progress
+        asked = [value for kind, value in progress.right.items() if kind != "copy"]
+        if progress.decay_start is not None or progress.stage_step < 40 or min(asked) < PASS:
+            return
+        if progress.stage == FINAL_STAGE:
+            progress.decay_start = progress.step
+        else:
+            progress.stage += 1
+            progress.stage_step = 0
+
+    def save(self, folder: Path) -> None:
+        """Write weights, moments and progress; an interrupted write leaves the previous checkpoint whole."""
+        fresh = folder.with_name(folder.name + ".new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        save_file(dict(self.model.named_parameters()), fresh / "model.safetensors")
+        save_file(pack_moments(self.optimizer), fresh / "optimizer.safetensors")
+        (fresh / "progress.json").write_text(json.dumps(asdict(self.progress), indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        fresh.rename(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> Run:
+        """Return the run that `save` wrote."""
+        run = cls()
+        run.progress = Progress(**json.loads((folder / "progress.json").read_text()))
+        run.model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+        unpack_moments(run.optimizer, load_file(folder / "optimizer.safetensors"))
+        return run
+
+    def _remember(self, shares: dict[str, float]) -> None:
+        for kind, share in shares.items():
+            old = self.progress.right.get(kind, 0.0)
+            self.progress.right[kind] = MEMORY * old + (1 - MEMORY) * share
+
+
+def build_optimizer(model: nn.Module) -> torch.optim.AdamW:
+    """Return the optimizer of the recipe."""
+    return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
+
+
+def answer_logits(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> Tensor:
+    """Return the logits that predict the answer tokens (answer tokens, vocabulary)."""
+    images: Any = None
+    if len(batch.pixel_values):
+        features = image_features(model.model.visual, batch.pixel_values)
+        images = {"image": BaseModelOutputWithPooling(pooler_output=(features,))}  # type: ignore[arg-type]
+    states = model.model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        mm_encoder_outputs=images,
+        use_cache=False,
+    ).last_hidden_state
+    logits: Tensor = model.lm_head(states[batch.targets != IGNORED])
+    return logits
+
+
+def score(logits: Tensor, batch: Batch) -> dict[str, float]:
+    """Return for each kind of question the share of answers whose every token is the most likely one."""
+    wanted = batch.targets != IGNORED
+    wrong = (logits.detach().argmax(dim=-1) != batch.targets[wanted]).long()
+    zeros = torch.zeros(len(batch.kinds), dtype=torch.long)
+    errors = zeros.index_add_(0, batch.answers[wanted], wrong).tolist()
+    shares = {}
+    for kind in sorted(set(batch.kinds)):
+        outcomes = [count == 0 for count, name in zip(errors, batch.kinds, strict=True) if name == kind]
+        shares[kind] = sum(outcomes) / len(outcomes)
+    return shares
+
+
+def pack_moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's state as a flat dictionary of tensors."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": value for index, slots in state.items() for name, value in slots.items()}
+
+
+def unpack_moments(optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
+    """Put back what `pack_moments` returned."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in moments.items():
+        index, name = key.split(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def train(run: Run, folder: Path, minutes: float, log_every: int = 50, save_seconds: float = 60) -> None:
+    """Train until the learning rate has fallen to zero, printing progress and saving once a minute."""
+    progress = run.progress
+    began = saved = time.perf_counter()
+    before, losses = progress.seconds, []
+    while not progress.finished():
+        losses.append(run.step())
+        run.advance()
+        now = time.perf_counter()
+        progress.seconds = before + now - began
+        _watch_the_clock(progress, minutes)
+        if progress.step % log_every == 0:
+            _report(progress, sum(losses) / len(losses))
+            losses = []
+        if now - saved > save_seconds:
+            run.save(folder)
+            saved = now
+    run.save(folder)
+
+
+def _watch_the_clock(progress: Progress, minutes: float) -> None:
+    left = 60 * minutes - progress.seconds
+    if progress.decay_start is None and left < 60 * minutes * DECAY_SHARE:
+        progress.decay_start = progress.step
+        progress.decay_steps = max(1, int(left * progress.step / progress.seconds))
+
+
+def _report(progress: Progress, loss: float) -> None:
+    right = {kind: round(share, 3) for kind, share in sorted(progress.right.items())}
+    line: dict[str, Any] = {
+        "step": progress.step,
+        "seconds": round(progress.seconds),
+        "stage": progress.stage,
+    }
+    line |= {"loss": round(loss, 4)} | right
+    progress.log.append(line)
+    print(json.dumps(line), flush=True)  # noqa: T201 - the trainer's job is to show progress
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=100, help="wall-clock budget of the whole run")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    folder = options.out / "last"
+    train(Run.load(folder) if options.resume else Run(options.seed), folder, options.minutes)
+
+
+if __name__ == "__main__":
+    main()
