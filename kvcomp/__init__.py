@@ -1,0 +1,98 @@
+"""KV-cache compression for multimodal and text models, composed from parts in a config file.
+
+with kvcomp.compress(model, "flowmm", budget=0.2) as cache:
+    out = model.generate(**inputs, past_key_values=cache, max_new_tokens=128)
+"""
+
+from kvcomp.core.budget import Budget
+from kvcomp.core.config import strategy
+from kvcomp.core.errors import (
+    BudgetError,
+    ConfigError,
+    DuplicateNameError,
+    IgnoredSettingWarning,
+    InputError,
+    KVCompError,
+    KVCompWarning,
+    PluginWarning,
+    UnknownNameError,
+    UnsupportedModelError,
+    UnsupportedUseError,
+    UnusedCacheWarning,
+)
+from kvcomp.core.hookspecs import hookimpl
+from kvcomp.core.interfaces import (
+    BudgetAllocator,
+    LayerPolicy,
+    Matcher,
+    Merger,
+    Observation,
+    PivotSelector,
+    Scorer,
+    SlotStorage,
+    Store,
+)
+from kvcomp.core.strategy import Strategy
+from kvcomp.core.types import (
+    Assignment,
+    AttentionBlock,
+    CompressedLayer,
+    LayerPlan,
+    LayerView,
+    MergePlan,
+    Modality,
+    Pivots,
+    Rule,
+    Scores,
+)
+from kvcomp.runtime.adapter import ModelAdapter
+from kvcomp.runtime.cache import CompressedCache
+from kvcomp.runtime.report import LayerReport, Report
+from kvcomp.runtime.session import Session, attach, compress
+from kvcomp.version import __version__
+
+__all__ = [
+    "Assignment",
+    "AttentionBlock",
+    "Budget",
+    "BudgetAllocator",
+    "BudgetError",
+    "CompressedCache",
+    "CompressedLayer",
+    "ConfigError",
+    "DuplicateNameError",
+    "IgnoredSettingWarning",
+    "InputError",
+    "KVCompError",
+    "KVCompWarning",
+    "LayerPlan",
+    "LayerPolicy",
+    "LayerReport",
+    "LayerView",
+    "Matcher",
+    "MergePlan",
+    "Merger",
+    "Modality",
+    "ModelAdapter",
+    "Observation",
+    "PivotSelector",
+    "Pivots",
+    "PluginWarning",
+    "Report",
+    "Rule",
+    "Scorer",
+    "Scores",
+    "Session",
+    "SlotStorage",
+    "Store",
+    "Strategy",
+    "UnknownNameError",
+    "UnsupportedModelError",
+    "UnsupportedUseError",
+    "UnusedCacheWarning",
+    "__version__",
+    "attach",
+    "compress",
+    "hookimpl",
+    "strategy",
+]

@@ -17,7 +17,13 @@ from kvcomp.core.strategy import Strategy
 
 PART_KEYS = tuple(kind for kind in PART_KINDS if kind != "observation")
 SETTING_KEYS = ("name", "budget", "mass_preserving", "turns")
-DEFAULT_PARTS = {"policy": "uniform", "allocator": "uniform", "matcher": "none", "merger": "drop", "store": "dense"}
+DEFAULT_PARTS = {
+    "policy": "uniform",
+    "allocator": "uniform",
+    "matcher": "none",
+    "merger": "drop",
+    "store": "dense",
+}
 
 StrategyLike = "Strategy | str | Path | Mapping[str, Any]"
 
@@ -33,7 +39,8 @@ def strategy(
         source: a recipe's name (`"flowmm"`), a path of a YAML file, a mapping of the same form, or a strategy.
         budget: replaces the budget: a ratio in (0, 1], `{"tokens": 512}` or `{"bytes": "64MiB"}`.
         overrides: dotted names change a field of the part that is there (`**{"policy.threshold": 0.3}`); a bare part
-            name replaces the part (`merger="mean"`, or a mapping with `use`); `turns`, `mass_preserving` and `name` are set.
+            name replaces the part (`merger="mean"`, or a mapping with `use`); `turns`, `mass_preserving` and `name`
+            are set.
 
     Raises:
         ConfigError: listing every fault with its path.
@@ -87,7 +94,9 @@ def _document(source: Strategy | str | Path | Mapping[str, Any]) -> tuple[dict[s
 
 
 def _with_base(document: dict[str, Any], faults: list[str]) -> dict[str, Any]:
-    """Return the document with `{base: NAME, set: {...}}` resolved: the base's parts, changed by the overrides in `set`."""
+    """Return the document with `{base: NAME, set: {...}}` resolved: the base's parts, changed by the overrides in
+    `set`.
+    """
     if "base" not in document:
         return dict(document)
     own = dict(document)
@@ -124,7 +133,10 @@ def _build(document: dict[str, Any], faults: list[str], label: str) -> Strategy:
     for key in document.keys() - {*PART_KEYS, *SETTING_KEYS}:
         faults.append(f"{key}: no such key. {suggest(key, (*PART_KEYS, *SETTING_KEYS))}")
     fields: dict[str, Any] = {kind: _part(kind, document, faults) for kind in PART_KEYS}
-    fields |= {"name": str(document.get("name", "custom")), "budget": _budget(document.get("budget", 1.0), faults)}
+    fields |= {
+        "name": str(document.get("name", "custom")),
+        "budget": _budget(document.get("budget", 1.0), faults),
+    }
     fields["turns"] = _choice(document, "turns", ("recompress", "append"), faults)
     fields["mass_preserving"] = _choice(document, "mass_preserving", (False, True), faults)
     if faults:

@@ -1,4 +1,6 @@
-"""The interfaces of the parts. One abstract method each; a part is a frozen pydantic model whose fields are its settings."""
+"""The interfaces of the parts. One abstract method each; a part is a frozen pydantic model whose fields are its
+settings.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +105,8 @@ class Scorer(Part):
 
     @abstractmethod
     def score(self, layer: LayerView, slots: Tensor) -> Tensor:
-        """Return the importance of each token, `(batch, kv_heads, tokens)`; higher is kept, ties go to the earlier token.
+        """Return the importance of each token, `(batch, kv_heads, tokens)`; higher is kept, ties go to the earlier
+        token.
 
         Args:
             layer: what the layer holds.
@@ -115,7 +118,8 @@ class Scorer(Part):
 
         Args:
             layer: what the layer holds.
-            slots: `(batch,)`, the uniform share, for the allocator; `(batch, kv_heads)`, what was allotted, for the selector.
+            slots: `(batch,)`, the uniform share, for the allocator; `(batch, kv_heads)`, what was allotted, for the
+                selector.
         """
         return None
 
@@ -128,7 +132,9 @@ class PivotSelector(Part):
 
     @abstractmethod
     def select(self, layer: LayerView, scores: Scores, slots: Tensor) -> Pivots:
-        """Return the pivots. `slots` `(batch, kv_heads)` int64 on the CPU is never more than a head has valid tokens."""
+        """Return the pivots. `slots` `(batch, kv_heads)` int64 on the CPU is never more than a head has valid
+        tokens.
+        """
 
 
 class Matcher(Part):
@@ -150,7 +156,9 @@ class Merger(Part):
 
     @abstractmethod
     def merge(self, layer: LayerView, pivots: Pivots, assignment: Assignment) -> tuple[Tensor, Tensor, Tensor]:
-        """Return new keys and values `(batch, kv_heads, slots, head_dim)` and counts `(batch, kv_heads, slots)` float32."""
+        """Return new keys and values `(batch, kv_heads, slots, head_dim)` and counts `(batch, kv_heads, slots)`
+        float32.
+        """
 
 
 class SlotStorage(ABC):
@@ -185,5 +193,14 @@ class Store(Part):
 
 PART_KINDS: dict[str, type[Part]] = {
     interface.kind: interface
-    for interface in (LayerPolicy, BudgetAllocator, Scorer, PivotSelector, Matcher, Merger, Store, Observation)
+    for interface in (
+        LayerPolicy,
+        BudgetAllocator,
+        Scorer,
+        PivotSelector,
+        Matcher,
+        Merger,
+        Store,
+        Observation,
+    )
 }

@@ -36,7 +36,8 @@ class Strategy:
     Attributes:
         budget: what may be kept.
         mass_preserving: add log(count) to the logits of a slot, so that it weighs as much as the tokens it stands for.
-        turns: `recompress` (the budget is of all tokens seen) or `append` (what comes after the first compression stays).
+        turns: `recompress` (the budget is of all tokens seen) or `append` (what comes after the first compression
+            stays).
     """
 
     name: str
@@ -58,7 +59,15 @@ class Strategy:
     @property
     def parts(self) -> tuple[Part, ...]:
         """Return the parts that are present, in the order of the pipeline."""
-        stages = (self.policy, self.scorer, self.allocator, self.selector, self.matcher, self.merger, self.store)
+        stages = (
+            self.policy,
+            self.scorer,
+            self.allocator,
+            self.selector,
+            self.matcher,
+            self.merger,
+            self.store,
+        )
         return tuple(part for part in stages if part is not None)
 
     @property
@@ -75,7 +84,9 @@ class Strategy:
         return document | {"mass_preserving": self.mass_preserving, "turns": self.turns}
 
     def slots(self, tokens: Tensor, slot_bytes: int) -> Tensor:
-        """Return the uniform share of the budget, `(batch,)`; all tokens where there is no selector. See `Budget.slots`."""
+        """Return the uniform share of the budget, `(batch,)`; all tokens where there is no selector. See
+        `Budget.slots`.
+        """
         return tokens if self.selector is None else self.budget.slots(tokens, slot_bytes)
 
     def scores(self, layer: LayerView, slots: Tensor | None = None) -> Scores:
@@ -117,14 +128,12 @@ class Strategy:
     def apply(self, layer: LayerView, plan: MergePlan) -> CompressedLayer:
         """Return what the layer keeps under this plan: new tensors, the view is not changed."""
         if plan.pivots is None or plan.assignment is None:
-            zero = torch.zeros(layer.shape[0], device=layer.keys.device)
+            everything = (layer.indices, layer.counts, layer.modality, layer.positions)
             return CompressedLayer(
-                layer.keys, layer.values, layer.indices, layer.counts, layer.modality, layer.positions, None, zero, zero
+                layer.keys, layer.values, *everything, mask=None if layer.valid.all() else layer.valid
             )
         pivots = plan.pivots
         keys, values, counts = self.merger.merge(layer, pivots, plan.assignment)
-        merged = plan.assignment.merged.sum(-1).float().mean(-1)
-        others = (plan.assignment.sources >= 0).sum(-1).float().mean(-1)
         empty = ~pivots.filled()
         return CompressedLayer(
             keys=keys.to(layer.keys.dtype),
@@ -134,8 +143,6 @@ class Strategy:
             modality=pivots.gather(layer.modality),
             positions=torch.stack([pivots.gather(axis) for axis in layer.positions]),
             mask=pivots.mask,
-            merged=merged,
-            evicted=others - merged,
         )
 
     def _share(self, layer: LayerView) -> Tensor:

@@ -1,4 +1,6 @@
-"""The data that flows through one layer's pipeline. Everything here is immutable by agreement: parts return new tensors."""
+"""The data that flows through one layer's pipeline. Everything here is immutable by agreement: parts return new
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,8 @@ class LayerView:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """How much each token matters: `values` float32, higher is kept; `protected` tokens are kept first and never merged into.
+    """How much each token matters: `values` float32, higher is kept; `protected` tokens are kept first and never
+    merged into.
 
     Both `(batch, kv_heads, tokens)`.
     """
@@ -100,7 +103,9 @@ class Scores:
 
 @dataclass(frozen=True, eq=False)
 class LayerPlan:
-    """What a layer may do, per row: `rule` `(batch,)` int8, `rho` `(batch,)` float32 (NaN where not measured), `share` `(batch,)`."""
+    """What a layer may do, per row: `rule` `(batch,)` int8, `rho` `(batch,)` float32 (NaN where not measured),
+    `share` `(batch,)`.
+    """
 
     rule: Tensor
     rho: Tensor
@@ -123,7 +128,9 @@ class Pivots:
     groups: Tensor | None = None
 
     def gather(self, per_token: Tensor) -> Tensor:
-        """Return `(batch, kv_heads, slots, ...)`: what a `(batch, kv_heads, tokens, ...)` tensor holds at the pivots."""
+        """Return `(batch, kv_heads, slots, ...)`: what a `(batch, kv_heads, tokens, ...)` tensor holds at the
+        pivots.
+        """
         index = self.indices
         if per_token.dim() == 4:
             index = index[..., None].expand(-1, -1, -1, per_token.shape[-1])
@@ -167,9 +174,10 @@ class MergePlan:
 class CompressedLayer:
     """What one layer keeps.
 
-    `keys`, `values` `(batch, kv_heads, slots, head_dim)`; `indices` int32 (-1 where empty), `counts` float32, `modality`
-    int8, each `(batch, kv_heads, slots)`; `positions` `(axes, batch, kv_heads, slots)`; `mask` bool or None as in `Pivots`;
-    `merged` and `evicted` `(batch,)` float32, means over the KV heads.
+    `keys`, `values` `(batch, kv_heads, slots, head_dim)`; `indices` int32 (-1 where empty), `counts` float32,
+    `modality` int8, each `(batch, kv_heads, slots)`; `positions` `(axes, batch, kv_heads, slots)`; `mask` bool or
+    None as in `Pivots`. What was merged and evicted follows from the counts: a slot stands for itself and for what
+    was merged into it.
     """
 
     keys: Tensor
@@ -179,5 +187,3 @@ class CompressedLayer:
     modality: Tensor
     positions: Tensor
     mask: Tensor | None
-    merged: Tensor
-    evicted: Tensor

@@ -34,10 +34,12 @@ def no_edges(layer: LayerView, pivots: Pivots) -> Assignment:
 
 
 def nearest_pivots(layer: LayerView, pivots: Pivots, eligible: Tensor, rule: Tensor, floor: float = -1.0) -> Assignment:
-    """Return for each other token the eligible pivot with the largest cosine of keys (FlowMM Eq. 9-10), none where there is none.
+    """Return for each other token the eligible pivot with the largest cosine of keys (FlowMM Eq. 9-10), none where
+    there is none.
 
-    The rule of modalities and the eligibility are written into the matrix product: every key gets one more coordinate per modality
-    (one-hot for a token, a penalty or 0 for a pivot), which adds exactly 0 to an allowed cosine and -4 or less to a forbidden one.
+    The rule of modalities and the eligibility are written into the matrix product: every key gets one more coordinate
+    per modality (one-hot for a token, a penalty or 0 for a pivot), which adds exactly 0 to an allowed cosine and -4
+    or less to a forbidden one.
 
     Args:
         layer: what the layer holds; similarities are of keys as stored, after rotary embedding.
@@ -51,9 +53,14 @@ def nearest_pivots(layer: LayerView, pivots: Pivots, eligible: Tensor, rule: Ten
     one_hot = F.one_hot(layer.modality.long(), len(Modality)).float()
     tokens = torch.cat([keys, one_hot], dim=-1)
     receivers = torch.cat([pivots.gather(keys), _penalties(pivots.gather(layer.modality), eligible, rule)], dim=-1)
-    targets = torch.cat(
-        [_nearest(chunk, tokens, receivers, floor) for chunk in sources.split(_rows(receivers), dim=2)], dim=2
-    ) if sources.shape[2] else sources
+    targets = (
+        torch.cat(
+            [_nearest(chunk, tokens, receivers, floor) for chunk in sources.split(_rows(receivers), dim=2)],
+            dim=2,
+        )
+        if sources.shape[2]
+        else sources
+    )
     targets = targets.masked_fill(sources < 0, -1)[..., None]
     return Assignment(sources, targets, (targets >= 0).float())
 
@@ -72,7 +79,9 @@ def _penalties(modality: Tensor, eligible: Tensor, rule: Tensor) -> Tensor:
 
 
 def _nearest(sources: Tensor, tokens: Tensor, receivers: Tensor, floor: float) -> Tensor:
-    """Return the slot number of each source's nearest receiver, `(batch, kv_heads, sources)`, -1 where none is allowed."""
+    """Return the slot number of each source's nearest receiver, `(batch, kv_heads, sources)`, -1 where none is
+    allowed.
+    """
     index = sources.clamp(min=0)[..., None].expand(-1, -1, -1, tokens.shape[-1])
     similarity = tokens.gather(2, index) @ receivers.transpose(-1, -2)
     best = similarity.amax(dim=-1, keepdim=True)

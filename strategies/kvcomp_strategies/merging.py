@@ -23,7 +23,9 @@ def received_weight(assignment: Assignment, slots: int, per_source: Tensor | Non
 
 
 def merged_counts(layer: LayerView, pivots: Pivots, assignment: Assignment) -> Tensor:
-    """Return how many prompt tokens each slot stands for, `(batch, kv_heads, slots)`: its pivot's and those merged into it."""
+    """Return how many prompt tokens each slot stands for, `(batch, kv_heads, slots)`: its pivot's and those merged
+    into it.
+    """
     sources = layer.counts.gather(2, assignment.sources.clamp(min=0))
     received = received_weight(assignment, pivots.indices.shape[2], sources)
     return pivots.gather(layer.counts) + received
@@ -32,8 +34,8 @@ def merged_counts(layer: LayerView, pivots: Pivots, assignment: Assignment) -> T
 def blend(vectors: Tensor, pivots: Pivots, assignment: Assignment, own: Tensor, shared: Tensor) -> Tensor:
     """Return `own[j] * pivot_j + sum over edges i -> j of shared[j] * weight * source_i`, in float32.
 
-    Factors are applied before the sum, so that a convex combination of finite vectors stays finite. A slot without edges keeps
-    its pivot's bits.
+    Factors are applied before the sum, so that a convex combination of finite vectors stays finite. A slot without
+    edges keeps its pivot's bits.
 
     Args:
         vectors: keys or values, `(batch, kv_heads, tokens, head_dim)`.

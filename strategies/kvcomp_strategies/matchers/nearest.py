@@ -13,13 +13,14 @@ from kvcomp_strategies.matching import nearest_pivots
 class Nearest(Matcher, use="nearest"):
     """Cosine similarity of keys (FlowMM Eq. 9), after rotary embedding, per KV head; values follow their keys.
 
-    Protected pivots (a scorer's window) never receive a token. In place of `sensitivity-gated`: FlowMM without its gate.
+    Protected pivots (a scorer's window) never receive a token. In place of `sensitivity-gated`: FlowMM without its
+    gate.
 
     Attributes:
         floor: tokens whose best cosine is below it are evicted; -1 for none (row u of the FlowMM card; D2O has one).
     """
 
-    requires = frozenset({"pivots", "scores"})
+    requires = frozenset({"pivots", "scores", "merging"})
     provides = frozenset({"edges"})
 
     floor: float = Field(default=-1.0, ge=-1.0, le=1.0)

@@ -16,23 +16,24 @@ from kvcomp_strategies.matching import nearest_pivots
 class SensitivityGated(Matcher, use="sensitivity-gated"):
     """FlowMM's sensitivity-adaptive token matching (Eq. 9-10): the most similar pivot whose importance is at most tau.
 
-    Pivots above tau are sensitive: they receive nothing and stay as they are, bit for bit. Protected pivots (the proxies) neither.
+    Pivots above tau are sensitive: they receive nothing and stay as they are, bit for bit. Protected pivots (the
+    proxies) neither.
 
     Left open by the paper, with our defaults (rows of the FlowMM card):
 
-    - `quantile` 0.8 and `units` `"quantile"` (b): tau is this quantile (linear interpolation, float32) of the importance of the
-      scored pivots, per KV head, the proxies left out: importance is a sum over the proxies with a heavy tail that depends on
-      the prompt's length, so an absolute tau does not transfer. `units: mean` makes tau `threshold` times the mean of the
-      same pivots, `units: absolute` makes it `threshold`. Quantile 1.0 locks nothing.
+    - `quantile` 0.8 and `units` `"quantile"` (b): tau is this quantile (linear interpolation, float32) of the
+      importance of the scored pivots, per KV head, the proxies left out: importance is a sum over the proxies with a
+      heavy tail that depends on the prompt's length, so an absolute tau does not transfer. `units: mean` makes tau
+      `threshold` times the mean of the same pivots, `units: absolute` makes it `threshold`. Quantile 1.0 locks nothing.
     - tau filters the targets (c), as Eq. 10's index says.
     - `fallback` `"evict"` (k): a token without an eligible pivot is evicted; `"nearest"` sends it to the nearest
       pivot that is not protected, whatever its importance and modality.
-    - `blocked` `"next-best"` (l): where the most similar pivot is locked, the next best eligible one receives the token;
-      `"skip"` evicts the token instead.
+    - `blocked` `"next-best"` (l): where the most similar pivot is locked, the next best eligible one receives the
+      token; `"skip"` evicts the token instead.
     - `floor` -1 (u): no least similarity.
     """
 
-    requires = frozenset({"pivots", "scores"})
+    requires = frozenset({"pivots", "scores", "merging"})
     provides = frozenset({"edges"})
 
     quantile: float = Field(default=0.8, ge=0.0, le=1.0)
@@ -66,7 +67,9 @@ class SensitivityGated(Matcher, use="sensitivity-gated"):
         return edges
 
     def _tau(self, importance: Tensor, scored: Tensor) -> Tensor:
-        """Return the threshold of each head, `(batch, kv_heads, 1)`; NaN (nothing is eligible) where no pivot is scored."""
+        """Return the threshold of each head, `(batch, kv_heads, 1)`; NaN (nothing is eligible) where no pivot is
+        scored.
+        """
         scored_only = importance.masked_fill(~scored, float("nan"))
         if self.threshold is None:
             return scored_only.nanquantile(self.quantile, dim=-1, keepdim=True)

@@ -12,10 +12,12 @@ from kvcomp_strategies.merging import blend, merged_counts, received_weight
 class Mean(Merger, use="mean"):
     """LOOK-M's average merge, as intended: k_j <- (k_j + sum_i k_i) / (n_j + 1), the same for values.
 
-    Source: SUSTechBruce/LOOK-M, `llava/model/kv_token_merge/modify_llama.py`, whose own version pairs filtered indices with unfiltered sources.
+    Source: SUSTechBruce/LOOK-M, `llava/model/kv_token_merge/modify_llama.py`, whose own version pairs filtered
+        indices with unfiltered sources.
     """
 
     requires = frozenset({"pivots", "edges"})
+    provides = frozenset({"merging"})
 
     def merge(self, layer: LayerView, pivots: Pivots, assignment: Assignment) -> tuple[Tensor, Tensor, Tensor]:
         """Return the means of keys and values, and the counts."""

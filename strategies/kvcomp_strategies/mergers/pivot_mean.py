@@ -12,11 +12,13 @@ from kvcomp_strategies.merging import blend, merged_counts, received_weight
 class PivotMean(Merger, use="pivot-mean"):
     """LOOK-M's pivot merge: k_j <- k_j (1 + n/2) / (n + 1) + sum_i k_i / (2 (n + 1)), the same for values.
 
-    FlowMM leaves its merge functions f and g (Eq. 5) open; its "pivot set" points to this one (row a of the FlowMM card). The pivot's
-    weight is 3/4 for one source and falls towards 1/2. Source: SUSTechBruce/LOOK-M, `llava/model/kv_token_merge/modify_llama.py`.
+    FlowMM leaves its merge functions f and g (Eq. 5) open; its "pivot set" points to this one (row a of the FlowMM
+    card). The pivot's weight is 3/4 for one source and falls towards 1/2. Source: SUSTechBruce/LOOK-M,
+    `llava/model/kv_token_merge/modify_llama.py`.
     """
 
     requires = frozenset({"pivots", "edges"})
+    provides = frozenset({"merging"})
 
     def merge(self, layer: LayerView, pivots: Pivots, assignment: Assignment) -> tuple[Tensor, Tensor, Tensor]:
         """Return the blended keys and values, and the counts."""

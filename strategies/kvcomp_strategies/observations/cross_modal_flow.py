@@ -16,14 +16,16 @@ Flow = tuple[Tensor, Tensor]  # attention to other modalities (batch, heads), nu
 
 
 class CrossModalFlow(Observation, use="cross-modal-flow"):
-    """The inner fraction of FlowMM's Eq. 6 per query head, `(batch, heads)` float32: attention to keys of another modality / all attention.
+    """The inner fraction of FlowMM's Eq. 6 per query head, `(batch, heads)` float32: attention to keys of another
+    modality / all attention.
 
-    The mean over heads is the policy's work. "Heterogeneous" means any other modality, so more than two are served. Only image,
-    video and audio placeholders are non-text; the special tokens around them are text (row r of the FlowMM card).
+    The mean over heads is the policy's work. "Heterogeneous" means any other modality, so more than two are served.
+    Only image, video and audio placeholders are non-text; the special tokens around them are text (row r of the
+    FlowMM card).
 
-    The sum of Eq. 7 runs over all rows of the prompt. It is exact up to `exact` queries; above, one seeded random row in each
-    of `strata` equal strata estimates it (a fixed stride would alias with the period of the image layout). The error of the
-    estimate is measured in the explanation page "How a cache is compressed".
+    The sum of Eq. 7 runs over all rows of the prompt. It is exact up to `exact` queries; above, one seeded random row
+    in each of `strata` equal strata estimates it (a fixed stride would alias with the period of the image layout).
+    The error of the estimate is measured in the explanation page "How a cache is compressed".
 
     Attributes:
         exact: up to this many valid queries of a row, all of them are used.

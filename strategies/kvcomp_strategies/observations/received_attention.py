@@ -11,8 +11,9 @@ from kvcomp.core.types import AttentionBlock
 class ReceivedSums(Observation, use="received-attention"):
     """Column sums of the attention matrix over all queries, `(batch, heads, tokens)` float32, not normalised.
 
-    Follows H2O (FMInference/H2O, `h2o_hf/utils_hh/modify_llama.py`): the raw sum, so that early tokens, which more queries
-    can see, collect more. Summed in float32 whatever the model's dtype. Carried: surviving slots keep their sums in later turns.
+    Follows H2O (FMInference/H2O, `h2o_hf/utils_hh/modify_llama.py`): the raw sum, so that early tokens, which more
+    queries can see, collect more. Summed in float32 whatever the model's dtype. Carried: surviving slots keep their
+    sums in later turns.
     """
 
     carried = True

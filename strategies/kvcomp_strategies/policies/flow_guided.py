@@ -18,15 +18,18 @@ RULES = {"any": Rule.CROSS, "hetero": Rule.HETERO, "intra": Rule.INTRA}
 class FlowGuided(LayerPolicy, use="flow-guided"):
     """FlowMM's cross-modal information flow guidance (Eq. 6-7, Sec. 3.3.1).
 
-    rho is the share of a layer's attention that goes to tokens of another modality, averaged over query heads. Where rho exceeds
-    the threshold, tokens merge across modalities; elsewhere, and where rho equals it, only within their own.
+    rho is the share of a layer's attention that goes to tokens of another modality, averaged over query heads. Where
+    rho exceeds the threshold, tokens merge across modalities; elsewhere, and where rho equals it, only within their
+    own.
 
     Left open by the paper, with our defaults (rows of the FlowMM card):
 
     - `threshold` 0.25 (p): Table 3 peaks at 0.2 for one task and at 0.3 for another.
-    - `cross` `"any"` (m): a cross-modal layer may merge into any pivot; `"hetero"` allows pivots of another modality only.
+    - `cross` `"any"` (m): a cross-modal layer may merge into any pivot; `"hetero"` allows pivots of another modality
+      only.
     - `absent` `"intra"` (s): what a row does that has only one modality, where rho is undefined.
-    - `rows` `"sampled"` (q): rho is exact up to `exact` queries and estimated from `strata` rows above; `"all"` is always exact.
+    - `rows` `"sampled"` (q): rho is exact up to `exact` queries and estimated from `strata` rows above; `"all"` is
+      always exact.
     """
 
     threshold: float = Field(default=0.25, ge=0.0, le=1.0)

@@ -9,7 +9,9 @@ from kvcomp.core.types import LayerPlan, LayerView, Rule
 
 
 class UniformPolicy(LayerPolicy, use="uniform"):
-    """Let every layer merge any token into any pivot, whatever its modality. With FlowMM's other parts: FlowMM without flow guidance."""
+    """Let every layer merge any token into any pivot, whatever its modality. With FlowMM's other parts: FlowMM
+    without flow guidance.
+    """
 
     def plan(self, layer: LayerView) -> LayerPlan:
         """Return the rule CROSS for every row; rho is not measured."""

@@ -11,10 +11,11 @@ from kvcomp.core.types import LayerView
 
 
 class Position(Scorer, use="position"):
-    """Score by recency and protect the first tokens: StreamingLLM (mit-han-lab/streaming-llm, `streaming_llm/kv_cache.py`).
+    """Score by recency and protect the first tokens: StreamingLLM (mit-han-lab/streaming-llm,
+    `streaming_llm/kv_cache.py`).
 
-    Deviations: compression happens when a forward ends, not at every decoded token, and keys keep their original positions (the
-    official code rotates keys anew by their place in the cache, which M-RoPE has no counterpart for).
+    Deviations: compression happens when a forward ends, not at every decoded token, and keys keep their original
+    positions (the official code rotates keys anew by their place in the cache, which M-RoPE has no counterpart for).
 
     Attributes:
         sinks: how many of the first tokens are protected; none where the budget does not exceed them.

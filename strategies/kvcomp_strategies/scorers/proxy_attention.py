@@ -19,7 +19,8 @@ class ProxyAttention(Scorer, use="proxy-attention"):
 
     Left open by the paper, with our defaults (rows of the FlowMM card):
 
-    - `proxies` 32 (d): the last min(`proxies`, slots // 2) tokens, so that tiny budgets keep pivots; at least one row votes.
+    - `proxies` 32 (d): the last min(`proxies`, slots // 2) tokens, so that tiny budgets keep pivots; at least one row
+      votes.
     - the proxies' own tokens are kept, inside the budget, and only tokens before them are scored (e): tokens among the
       proxies are seen by fewer rows, which would bias their scores.
     - `recent` 0.0 (f): no recent window beyond the proxies; else this share of the slots, proxies included, is kept.

@@ -16,9 +16,10 @@ from kvcomp_strategies.windows import group_mean, last_tokens
 class ReceivedAttention(Scorer, use="received-attention"):
     """H2O (FMInference/H2O, `h2o_hf/utils_hh/modify_llama.py`): accumulated attention, plus a recent window.
 
-    The sum runs over all queries of the prompt in float32 and is averaged over the query group. Deviations: the official code
-    keeps one cache per query head and evicts one token per decoded token as well; here compression happens when a forward
-    ends, as in the comparison of FlowMM's Table 1. Its sizes are `int(0.1 * tokens)` twice; here the window is a share of the slots.
+    The sum runs over all queries of the prompt in float32 and is averaged over the query group. Deviations: the
+    official code keeps one cache per query head and evicts one token per decoded token as well; here compression
+    happens when a forward ends, as in the comparison of FlowMM's Table 1. Its sizes are `int(0.1 * tokens)` twice;
+    here the window is a share of the slots.
 
     Attributes:
         recent: share of the slots that goes to the latest tokens (rounded down), the rest to heavy hitters.

@@ -14,12 +14,13 @@ from kvcomp_strategies.windows import group_mean, last_tokens, pool_average, sum
 class WindowAttention(Scorer, use="window-attention"):
     """SnapKV (FasterDecoding/SnapKV, `snapkv/monkeypatch/snapkv_utils.py`): attention from the last window, pooled.
 
-    The window is min(`window`, slots // 2) tokens: its queries vote, and its tokens are kept. Votes are summed over the window's rows,
-    averaged over the query group, then pooled over neighbours before the window. With one slot the last query votes alone and
-    the best token stays.
+    The window is min(`window`, slots // 2) tokens: its queries vote, and its tokens are kept. Votes are summed over
+    the window's rows, averaged over the query group, then pooled over neighbours before the window. With one slot the
+    last query votes alone and the best token stays.
 
-    Deviations: the official code keeps one cache per query head; pads its pooling with zeros (`count_include_pad`), which lowers the
-    scores at the edges; returns slots in score order. Its window is a fixed number, and short prompts are left alone.
+    Deviations: the official code keeps one cache per query head; pads its pooling with zeros (`count_include_pad`),
+    which lowers the scores at the edges; returns slots in score order. Its window is a fixed number, and short
+    prompts are left alone.
 
     Attributes:
         window: at most this many of the last queries vote.

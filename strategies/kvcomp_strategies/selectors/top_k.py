@@ -12,8 +12,9 @@ from kvcomp.core.types import LayerView, Pivots, Scores
 class TopK(PivotSelector, use="top-k"):
     """Keep the protected tokens, then those with the highest scores; equal scores go to the earlier token.
 
-    The order is lexicographic (protected, valid, score, place), by stable sorts instead of added constants, which would swallow
-    small scores in low precision. Sorted by place at the end. A smaller budget keeps a subset of a larger one's choice.
+    The order is lexicographic (protected, valid, score, place), by stable sorts instead of added constants, which
+    would swallow small scores in low precision. Sorted by place at the end. A smaller budget keeps a subset of a
+    larger one's choice.
     """
 
     requires = frozenset({"scores"})

@@ -12,8 +12,8 @@ from kvcomp.core.interfaces import SlotStorage, Store
 class DenseStorage(SlotStorage):
     """Keys and values of all heads padded to the longest, `(batch, kv_heads, capacity, head_dim)` each.
 
-    What is stored by `replace` takes exactly its own bytes. The first append moves it into a buffer with room, so that later
-    ones copy only what is new.
+    What is stored by `replace` takes exactly its own bytes. The first append moves it into a buffer with room, so
+    that later ones copy only what is new.
     """
 
     def __init__(self, growth: float, reserve: int | None) -> None:

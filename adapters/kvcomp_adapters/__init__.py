@@ -1,0 +1,13 @@
+"""The built-in model adapters: a plugin like any other."""
+
+from collections.abc import Sequence
+
+from kvcomp.core.hookspecs import hookimpl
+from kvcomp.runtime.adapter import ModelAdapter
+from kvcomp_adapters.generic import GenericAdapter
+
+
+@hookimpl
+def kvcomp_adapters() -> Sequence[type[ModelAdapter]]:
+    """Return the built-in adapters."""
+    return (GenericAdapter,)

@@ -1,0 +1,65 @@
+"""The adapter of every family that says in its inputs or its configuration which tokens are which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcomp.core.errors import UnsupportedUseError
+from kvcomp.core.types import Modality
+from kvcomp.runtime.adapter import ModelAdapter
+
+TOKEN_ID_FIELDS = {
+    Modality.IMAGE: ("image_token_id", "image_token_index"),
+    Modality.VIDEO: ("video_token_id", "video_token_index"),
+    Modality.AUDIO: ("audio_token_id", "audio_token_index"),
+}
+
+
+class GenericAdapter(ModelAdapter, use="generic"):
+    """Reads `mm_token_type_ids` (0 text, 1 image, 2 video, 3 audio) where the processor gives them, else the
+    placeholder ids of the config.
+
+    Only the placeholders of patches and frames are non-text; the special tokens around them are text.
+    """
+
+    generic = True
+
+    @classmethod
+    def matches(cls, config: Any) -> bool:
+        """Return True: this is the adapter of last resort."""
+        return True
+
+    @property
+    def token_ids(self) -> dict[Modality, int]:
+        """Return the placeholder token of each modality that the model has."""
+        found = {
+            modality: next(
+                (getattr(self.config, name) for name in names if isinstance(getattr(self.config, name, None), int)),
+                None,
+            )
+            for modality, names in TOKEN_ID_FIELDS.items()
+        }
+        return {modality: token for modality, token in found.items() if token is not None}
+
+    def modality(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Return the modality of each new token, `(batch, tokens)` int8, None for a text model."""
+        if not self.token_ids:
+            return None
+        ids, types = inputs.get("input_ids"), inputs.get("mm_token_type_ids")
+        embeds = inputs.get("inputs_embeds")
+        tokens = ids.shape[1] if ids is not None else embeds.shape[1] if embeds is not None else None
+        if types is not None and tokens in (None, types.shape[1]):
+            return types.to(torch.int8)
+        if ids is None:
+            raise UnsupportedUseError(
+                "a multimodal model was given inputs_embeds alone, so nothing says which tokens are images; "
+                "pass mm_token_type_ids (0 text, 1 image, 2 video, 3 audio), or input_ids"
+            )
+        modality = torch.zeros(ids.shape, dtype=torch.int8, device=ids.device)
+        for kind, token in self.token_ids.items():
+            modality.masked_fill_(ids == token, int(kind))
+        return modality

@@ -1,0 +1,1 @@
+"""Where strategies meet transformers: the cache, its layers, the attention function, sessions."""

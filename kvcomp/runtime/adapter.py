@@ -1,0 +1,55 @@
+"""What kvcomp must know about a model family. One generic adapter serves nearly all; see `kvcomp_adapters`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from kvcomp.core.registry import registry
+
+
+class ModelAdapter(ABC):
+    """Translates a model family's inputs into kvcomp's words.
+
+    Args:
+        config: the model's configuration, text and vision parts included.
+    """
+
+    use: ClassVar[str] = ""
+    generic: ClassVar[bool] = False  # tried after all others
+
+    def __init_subclass__(cls, use: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if use is not None:
+            cls.use = use
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, config: Any) -> bool:
+        """Return whether this adapter serves models with this configuration."""
+
+    def modality(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Return the `Modality` of each new token, `(batch, tokens)` int8; None where all are text.
+
+        Args:
+            inputs: what the model's forward was called with.
+
+        Raises:
+            UnsupportedUseError: a multimodal model was called in a way that hides which tokens are which.
+        """
+        return None
+
+
+def adapter_for(config: Any) -> ModelAdapter:
+    """Return the first registered adapter that matches the configuration, the specific ones before the generic."""
+    adapters: list[type[ModelAdapter]] = [entry.value for entry in registry.entries("adapter")]
+    for adapter in sorted(adapters, key=lambda adapter: adapter.generic):
+        if adapter.matches(config):
+            return adapter(config)
+    raise AssertionError("the generic adapter matches every configuration")

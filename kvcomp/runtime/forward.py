@@ -1,0 +1,107 @@
+"""What one layer's attention saw in one forward: all that scoring needs once the forward has moved on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvcomp.core.attention import AttentionInputs, observe
+from kvcomp.core.interfaces import Observation
+from kvcomp.runtime.masks import visible
+from kvcomp.runtime.slots import SlotTable
+
+
+@dataclass(frozen=True, eq=False)
+class Logits:
+    """How a model turns queries and keys into logits: scaling, softcap, and sinks `(heads,)` that take probability."""
+
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """The new tokens of one forward as one layer saw them.
+
+    Attributes:
+        queries: `(batch, heads, tokens, head_dim)`.
+        mask: over the slots of that moment, `(batch or 1, heads or 1, tokens, slots)`, or None for causal.
+        seen: columns seen before.
+        valid: `(batch, tokens)` bool, or None where none is padding.
+        modality: `(batch, tokens)` int8, or None for text.
+        logits: how logits are made.
+    """
+
+    queries: Tensor
+    mask: Tensor | None
+    seen: int
+    valid: Tensor | None
+    modality: Tensor | None
+    logits: Logits
+
+
+def observe_forwards(
+    forwards: Sequence[Forward], keys: Tensor, table: SlotTable, observations: Iterable[Observation]
+) -> dict[Observation, Tensor]:
+    """Return the observations over one or several forwards (chunks that were deferred) as if they had been one."""
+    queries = torch.cat([forward.queries for forward in forwards], dim=2) if len(forwards) > 1 else forwards[0].queries
+    batch, _, tokens, _ = queries.shape
+    filled = torch.ones(batch, tokens, dtype=torch.bool, device=queries.device)
+    inputs = AttentionInputs(
+        queries=queries,
+        keys=keys,
+        query_columns=torch.cat([_columns(forward) for forward in forwards]),
+        key_columns=_narrow(table.columns).long(),
+        query_modality=_joined([forward.modality for forward in forwards], forwards, filled.to(torch.int8) * 0),
+        query_valid=_joined([forward.valid for forward in forwards], forwards, filled),
+        modality=table.modality,
+        valid=table.valid,
+        mask=_joined_mask(forwards, table),
+        scaling=forwards[0].logits.scaling,
+        softcap=forwards[0].logits.softcap,
+        sinks=forwards[0].logits.sinks,
+    )
+    return observe(inputs, observations)
+
+
+def _narrow(columns: Tensor) -> Tensor:
+    """Return `(1, 1, slots)` where all rows and heads agree, so that a comparison is made once."""
+    return columns[:1, :1] if columns.stride()[:2] == (0, 0) else columns
+
+
+def _columns(forward: Forward) -> Tensor:
+    tokens = forward.queries.shape[2]
+    return torch.arange(forward.seen, forward.seen + tokens, device=forward.queries.device)
+
+
+def _joined(parts: Sequence[Tensor | None], forwards: Sequence[Forward], default: Tensor) -> Tensor:
+    """Return `(batch, tokens)` of all forwards, with the default where a forward has none."""
+    if all(part is None for part in parts):
+        return default
+    widths = [forward.queries.shape[2] for forward in forwards]
+    pairs = zip(parts, default.split(widths, dim=1), strict=True)
+    return torch.cat([fallback if part is None else part.to(fallback.dtype) for part, fallback in pairs], dim=1)
+
+
+def _joined_mask(forwards: Sequence[Forward], table: SlotTable) -> Tensor | None:
+    """Return the mask over all slots for the queries of all forwards; None where all were causal and nothing is
+    empty.
+    """
+    if all(forward.mask is None for forward in forwards):
+        return None
+    if len(forwards) == 1:
+        return forwards[0].mask
+    return torch.cat([_widened(forward, table) for forward in forwards], dim=2)
+
+
+def _widened(forward: Forward, table: SlotTable) -> Tensor:
+    """Return a forward's mask as bool over the slots of now; what came after it was not visible."""
+    if forward.mask is None:
+        return table.columns[:, :1, None] <= _columns(forward)[:, None]
+    mask = visible(forward.mask).expand(table.columns.shape[0], -1, -1, -1)
+    return F.pad(mask, (0, table.slots - mask.shape[-1]), value=False)

@@ -1,0 +1,76 @@
+"""From the mask over columns that transformers builds to the mask over slots that a compressed layer needs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvcomp.runtime.slots import SlotTable
+
+
+def row_validity(mask: Tensor | None, batch: int, new: int) -> Tensor | None:
+    """Return which of the new tokens are no padding, `(batch, new)` bool; None where all are.
+
+    The last query of a causal mask sees every valid token, so its row of the mask is the padding mask.
+
+    Args:
+        mask: `(batch or 1, 1, queries, columns)`, bool or additive, or None.
+        batch: rows of the batch.
+        new: number of new tokens, the last columns of the mask.
+    """
+    if mask is None:
+        return None
+    valid = visible(mask[:, 0, -1, -new:]).expand(batch, new)
+    return None if bool(valid.all()) else valid  # one sync per layer, and only where transformers built a mask
+
+
+def visible(mask: Tensor) -> Tensor:
+    """Return a bool or additive mask as bool."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def over_slots(mask: Tensor | None, table: SlotTable, queries: int, seen: int, group: int) -> Tensor | None:
+    """Return the mask over the slots of a layer, `(batch, heads, queries, slots)`; None where every query sees every
+    slot.
+
+    Args:
+        mask: over columns, `(batch or 1, 1, queries, columns)`, bool or additive, or None for causal.
+        table: of all slots, the new tokens included.
+        queries: number of new tokens.
+        seen: columns seen before them.
+        group: query heads per KV head.
+    """
+    if mask is None and queries == 1:
+        gathered = None if table.mask is None else table.mask[:, :, None]
+    elif mask is None:
+        query_columns = torch.arange(seen, seen + queries, device=table.columns.device)
+        gathered = (table.columns[:, :, None] <= query_columns[:, None]) & table.valid[:, :, None]
+    else:
+        batch, kv_heads, slots = table.columns.shape
+        columns = table.columns.clamp(min=0).long()[:, :, None].expand(batch, kv_heads, queries, slots)
+        gathered = mask.expand(batch, kv_heads, -1, -1).gather(3, columns)
+        if table.mask is not None:
+            gathered = _hide(gathered, table.mask[:, :, None])
+    return None if gathered is None else gathered.repeat_interleave(group, dim=1)
+
+
+def _hide(mask: Tensor, valid: Tensor) -> Tensor:
+    return mask & valid if mask.dtype == torch.bool else mask.masked_fill(~valid, torch.finfo(mask.dtype).min)
+
+
+def with_mass(mask: Tensor | None, counts: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """Return an additive mask that also adds log(count) to every slot's logit, so that it weighs as much as it stands
+    for.
+
+    Args:
+        mask: over slots, `(batch, heads, queries, slots)`, bool or additive, or None.
+        counts: `(batch, kv_heads, slots)` float32.
+        group: query heads per KV head.
+        dtype: of the queries.
+    """
+    bias = counts.clamp(min=1.0).log().repeat_interleave(group, dim=1)[:, :, None].to(dtype)
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, torch.finfo(dtype).min)
+    return (mask + bias).clamp(min=torch.finfo(dtype).min)

@@ -1,0 +1,329 @@
+"""Switching a model to kvcomp's attention and back: `compress()` for one request, `attach()` for a server."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from kvcomp.core import config
+from kvcomp.core.errors import IgnoredSettingWarning, UnsupportedModelError, UnusedCacheWarning
+from kvcomp.core.strategy import Strategy
+from kvcomp.runtime import attention
+from kvcomp.runtime.adapter import adapter_for
+from kvcomp.runtime.cache import CompressedCache, Lease
+
+
+class Attachment:
+    """What is changed on one model while at least one session is open: its attention implementation and three hooks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.sessions = 0
+        self.decoder = _decoder(model)
+        self.base = _implementation(self.decoder)
+        _check_base(self.base)
+        attention.register()
+        self.decoder.set_attn_implementation(attention.PREFIX + self.base)
+        if _implementation(self.decoder) != attention.PREFIX + self.base:
+            raise UnsupportedModelError(
+               
+               
+               
+               
+               
+               
+                f"{type(self.decoder).__name__} does
+               
+               
+               
+               
+               
+               
+                not let
+              
+               
+                
+                 
+                  
+                   
+                    
+                       its attention
+              
+               
+                
+                 
+                  
+                   
+                    
+                     
+                        implementation be
+              
+                   
+                        
+                             
+                                  
+                                       
+                                            
+                                                 
+                                                      
+                                                             set: its
+               
+               
+              
+                
+                
+               
+                
+                 
+                    attention does not
+                
+                
+                
+                 go
+                through
+               
+               
+               
+                " "transformers'
+                AttentionInterface,
+              
+              
+                 
+                  
+                   
+                    
+                     
+                      
+                       
+                        
+                           so its cache cannot be compressed"
+          
+            
+           
+            
+             
+              
+              
+                
+                  
+                    
+                      
+                           )
+        self.handles: list[RemovableHandle]
+         
+             
+              = [ model.register_forward_pre_hook(_note_inputs, with_kwargs=True),
+            self.decoder.register_forward_pre_hook(_note_positions, with_kwargs=True),
+            model.register_forward_hook(_end_forward, with_kwargs=True),
+        ]
+
+  
+   
+    
+     
+       
+        def
+  
+  
+    
+      
+        
+             undo(self) ->
+  
+  
+    
+      
+        
+          
+               None:
+       
+        """Leave the model as it
+        was."""
+       
+            for handle in self.handles:
+            handle.remove()
+        self.decoder.set_attn_implementation(self.base)
+
+
+_atta
+_attac _attach
+_attachm _attachme
+_attachme _attachmen _attachment _attachments
+_attachments: weakref.WeakKeyDictionary[nn.Module, Attachment]
+
+
+
+
+
+
+ = weakref.WeakKeyDictionary() _lock =
+threading.Lock()
+
+
+class Session:
+    """A model that compressed caches can be used with, until `detach()`. Sessions nest and overlap freely."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.lease = Lease()
+        with _lock:
+            attachment = _attachments.get(model) or Attachment(model)
+            attachment.sessions += 1
+            _attachments[model] = attachment
+
+    def cache(
+        self,
+        strategy: Strategy | str | Path | Mapping[str, Any],
+        budget: Any = None,
+        *,
+        defer: bool = False,
+        reserve: int | None = None,
+        **overrides: Any,
+    ) -> CompressedCache:
+        """Return an empty cache for one request. See `kvcomp.compress` for the arguments."""
+        built = _build(strategy, budget, overrides)
+        model_config: Any = self.model.config
+        return CompressedCache(
+            built, model_config, adapter_for(model_config), self.lease, defer=defer, reserve=reserve
+        )
+
+    def detach(self) -> None:
+        """Leave the model as it was, once the last session is detached. Caches stay readable. Calling it again
+        changes nothing."""
+        with _lock:
+            if not self.lease.active:
+                return
+            self.lease.active = False
+            attachment = _attachments[self.model]
+            attachment.sessions -= 1
+            if attachment.sessions == 0:
+                del _attachments[self.model]
+                attachment.undo()
+
+
+def attach(model: nn.Module) -> Session:
+    """Return a session: the model runs kvcomp's attention until `session.detach()`.
+
+    Caches that are not kvcomp's work as before. For servers, where many requests share a model:
+
+        session = kvcomp.attach(model)
+        cache = session.cache("flowmm", budget=0.2)
+        model.generate(**inputs, past_key_values=cache)
+        session.detach()
+
+    Raises:
+        UnsupportedModelError: the model's cache cannot be compressed; the model is left as it was.
+    """
+    return Session(model)
+
+
+@contextmanager
+def compress(
+    model: nn.Module,
+    strategy: Strategy | str | Path | Mapping[str, Any],
+    budget: Any = None,
+    *,
+    defer: bool = False,
+    reserve: int | None = None,
+    **overrides: Any,
+) -> Iterator[CompressedCache]:
+    """Give a cache that compresses itself, for `model.generate(..., past_key_values=cache)` inside the block.
+
+    Args:
+        model: a Hugging Face text or multimodal model whose attention goes through transformers' AttentionInterface.
+        strategy: a recipe's name (`"flowmm"`), a YAML file, a mapping, or a `Strategy`.
+        budget: what is kept: a ratio in (0, 1], `{"tokens": 512}` or `{"bytes": "64MiB"}`; by default the recipe's own.
+        defer: keep everything until `cache.finish()` or the first decoded token; for prompts that arrive in chunks.
+        reserve: slots of room to take for decoding, where the number of new tokens is known.
+        overrides: `**{"policy.threshold": 0.3}` changes a field, `merger="mean"` replaces a part.
+
+    Raises:
+        ConfigError, UnknownNameError, BudgetError: the strategy cannot be built.
+        UnsupportedModelError: the model's cache cannot be compressed.
+
+    Warns:
+        UnusedCacheWarning: the block ended and the cache was never passed to the model.
+        IgnoredSettingWarning: the recipe keeps everything, and a budget was given.
+    """
+    built = _build(strategy, budget, overrides)
+    session = attach(model)
+    try:
+        cache = session.cache(built, defer=defer, reserve=reserve)
+        yield cache
+    finally:
+        session.detach()
+    if not cache.used:
+        warnings.warn(
+            "the cache of compress() was never used; pass it to the model: model.generate(..., past_key_values=cache)",
+            UnusedCacheWarning,
+            stacklevel=3,
+        )
+
+
+def _build(
+    source: Strategy | str | Path | Mapping[str, Any], budget: Any, overrides: dict[str, Any]
+) -> Strategy:
+    if isinstance(source, Strategy) and budget is None and not overrides:
+        return source
+    built = config.strategy(source, budget, **overrides)
+    if built.selector is None and built.budget.ratio != 1:
+        warnings.warn(
+            f"recipe {built.name!r} has no selector, so it keeps everything and ignores the budget {built.budget}",
+            IgnoredSettingWarning,
+            stacklevel=4,
+        )
+    return built
+
+
+def _decoder(model: nn.Module) -> Any:
+    """Return the text model whose layers hold the cache."""
+    model_config = getattr(model, "config", None)
+    if model_config is None or not hasattr(model, "get_decoder"):
+        raise UnsupportedModelError(
+            f"the model must be a transformers PreTrainedModel, got {type(model).__name__}"
+        )
+    if getattr(model_config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an encoder-decoder model; kvcomp compresses the cache of decoder-only models"
+        )
+    return model.get_decoder()  # type: ignore[operator]
+
+
+def _implementation(decoder: Any) -> str:
+    # transformers has a public setter and no public getter; attention modules themselves read this field.
+    return str(decoder.config._attn_implementation)
+
+
+def _check_base(base: str) -> None:
+    if base not in attention.BASES:
+        raise UnsupportedModelError(
+            f"the attention implementation must be one of {', '.join(attention.BASES)}, got {base!r}; call "
+            "model.set_attn_implementation('sdpa') first"
+        )
+
+
+def _cache_in(kwargs: dict[str, Any]) -> CompressedCache | None:
+    cache = kwargs.get("past_key_values")
+    return cache if isinstance(cache, CompressedCache) else None
+
+
+def _note_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if cache := _cache_in(kwargs):
+        cache.note_inputs({"input_ids": args[0], **kwargs} if args else kwargs)
+
+
+def _note_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if cache := _cache_in(kwargs):
+        cache.note_positions(kwargs.get("position_ids"))
+
+
+def _end_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    if cache := _cache_in(kwargs):
+        cache.forward_ended()

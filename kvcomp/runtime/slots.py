@@ -1,0 +1,128 @@
+"""What each slot of a layer stands for: the bookkeeping beside keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvcomp.core.types import CompressedLayer
+
+
+@dataclass(frozen=True, eq=False)
+class SlotTable:
+    """One entry per slot, each `(batch, kv_heads, slots)`; expanded views as long as the heads agree.
+
+    Attributes:
+        indices: int32, logical position in the row (padding not counted), -1 where empty.
+        columns: int32, column in the attention mask (padding counted); the indices themselves where nothing is padded.
+        counts: float32, how many prompt tokens the slot stands for.
+        modality: int8.
+        positions: `(axes, batch, kv_heads, slots)` int32, what the rotary embedding saw.
+        mask: bool, false where empty; None where every slot is filled.
+    """
+
+    indices: Tensor
+    columns: Tensor
+    counts: Tensor
+    modality: Tensor
+    positions: Tensor
+    mask: Tensor | None = None
+
+    @property
+    def slots(self) -> int:
+        """Return the number of slots of the longest head."""
+        return self.indices.shape[2]
+
+    @property
+    def valid(self) -> Tensor:
+        """Return `(batch, kv_heads, slots)` bool, expanded where every slot is filled."""
+        return (
+            self.indices.new_ones((), dtype=torch.bool).expand(self.indices.shape) if self.mask is None else self.mask
+        )
+
+    @classmethod
+    def of(cls, layer: CompressedLayer, columns: Tensor | None) -> SlotTable:
+        """Return the table of a compressed layer; `columns` is None where nothing was padded."""
+        columns = layer.indices if columns is None else columns
+        return cls(layer.indices, columns, layer.counts, layer.modality, layer.positions, layer.mask)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> SlotTable:
+        """Return the table with a change of the batch or slot axis applied to every entry."""
+        columns = change(self.columns)
+        return SlotTable(
+            indices=columns if self.columns is self.indices else change(self.indices),
+            columns=columns,
+            counts=change(self.counts),
+            modality=change(self.modality),
+            positions=torch.stack([change(axis) for axis in self.positions]),
+            mask=None if self.mask is None else change(self.mask),
+        )
+
+    def extend(self, other: SlotTable) -> SlotTable:
+        """Return this table with the slots of another after its own."""
+        mask = None
+        if self.mask is not None or other.mask is not None:
+            mask = torch.cat([self.valid, other.valid], dim=2)
+        indices = torch.cat([self.indices, other.indices], dim=2)
+        same = self.columns is self.indices and other.columns is other.indices
+        return SlotTable(
+            indices=indices,
+            columns=indices if same else torch.cat([self.columns, other.columns], dim=2),
+            counts=torch.cat([self.counts, other.counts], dim=2),
+            modality=torch.cat([self.modality, other.modality], dim=2),
+            positions=torch.cat([self.positions, other.positions], dim=3),
+            mask=mask,
+        )
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the tensors that hold the table."""
+        entries = (self.indices, self.columns, self.counts, self.modality, self.positions)
+        return entries if self.mask is None else (*entries, self.mask)
+
+
+def new_tokens(
+    shape: tuple[int, int, int],
+    seen: int,
+    before: Tensor,
+    *,
+    device: torch.device,
+    valid: Tensor | None = None,
+    modality: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> SlotTable:
+    """Return the table of tokens that just arrived: one slot each, the same for every head.
+
+    Args:
+        shape: `(batch, kv_heads, tokens)`.
+        seen: columns seen before.
+        before: valid tokens seen before by each row, `(batch,)` int64 on the CPU.
+        device: where the table lives.
+        valid: `(batch, tokens)` bool, or None where none is padding.
+        modality: `(batch, tokens)` int8, or None for text.
+        positions: `(axes, batch, tokens)`, or None for the columns.
+    """
+    batch, kv_heads, tokens = shape
+    per_head = _per_head(shape)
+    columns = torch.arange(seen, seen + tokens, dtype=torch.int32, device=device).expand(batch, tokens)
+    indices = columns
+    if padded := valid is not None or bool((before != seen).any()):
+        places = torch.arange(tokens, device=device) if valid is None else valid.cumsum(dim=1) - 1
+        indices = (before.to(device)[:, None] + places).int().expand(batch, tokens)
+        indices = indices if valid is None else indices.masked_fill(~valid, -1)
+    wide = per_head(indices)
+    positions = columns[None] if positions is None else positions.int()
+    return SlotTable(
+        indices=wide,
+        columns=per_head(columns) if padded else wide,
+        counts=per_head(torch.ones((), device=device) if valid is None else valid.float()),
+        modality=per_head(torch.zeros((), dtype=torch.int8, device=device) if modality is None else modality),
+        positions=positions[:, :, None].expand(-1, batch, kv_heads, -1),
+        mask=None if valid is None else per_head(valid),
+    )
+
+
+def _per_head(shape: tuple[int, int, int]) -> Callable[[Tensor], Tensor]:
+    return lambda entry: entry.expand(shape) if entry.dim() == 0 else entry[:, None].expand(shape)

@@ -1,0 +1,94 @@
+"""Tiny seeded models built from configurations: nothing is downloaded."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+TEXT = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+IMAGE_TOKEN, VISION_START, VISION_END = 90, 91, 92
+
+
+def tiny_llama(seed: int = 0) -> PreTrainedModel:
+    """Return a Llama of three layers, 4 heads over 2 KV heads."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**TEXT)).eval()
+
+
+def tiny_qwen3(seed: int = 0) -> PreTrainedModel:
+    """Return a Qwen3 of the same size: its head_dim is not hidden / heads, its keys are normalised."""
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(Qwen3Config(**TEXT, head_dim=32)).eval()
+
+
+def tiny_qwen_vl(seed: int = 0) -> PreTrainedModel:
+    """Return a Qwen2.5-VL: M-RoPE with three axes, images as runs of placeholder tokens."""
+    torch.manual_seed(seed)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [1],
+    }
+    config = Qwen2_5_VLConfig(
+        text_config={**TEXT, "rope_parameters": rope},
+        vision_config=vision,
+        image_token_id=IMAGE_TOKEN,
+        video_token_id=93,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def text_inputs(tokens: int, seed: int = 0, batch: int = 1) -> dict[str, torch.Tensor]:
+    """Return a random prompt of ordinary tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, 80, (batch, tokens), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def image_inputs(images: int = 3, between: int = 5, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return a prompt of text with images of 4 x 4 patches (four visual tokens) between."""
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = []
+    for _ in range(images):
+        ids += torch.randint(2, 80, (between,), generator=generator).tolist()
+        ids += [VISION_START, *[IMAGE_TOKEN] * 4, VISION_END]
+    ids += torch.randint(2, 80, (between,), generator=generator).tolist()
+    row = torch.tensor([ids])
+    return {
+        "input_ids": row,
+        "attention_mask": torch.ones_like(row),
+        "pixel_values": torch.randn(images * 16, 3 * 2 * 14 * 14, generator=generator),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * images),
+        "mm_token_type_ids": (row == IMAGE_TOKEN).int(),
+    }
