@@ -33,138 +33,24 @@ class Attachment:
         self.decoder.set_attn_implementation(attention.PREFIX + self.base)
         if _implementation(self.decoder) != attention.PREFIX + self.base:
             raise UnsupportedModelError(
-               
-               
-               
-               
-               
-               
-                f"{type(self.decoder).__name__} does
-               
-               
-               
-               
-               
-               
-                not let
-              
-               
-                
-                 
-                  
-                   
-                    
-                       its attention
-              
-               
-                
-                 
-                  
-                   
-                    
-                     
-                        implementation be
-              
-                   
-                        
-                             
-                                  
-                                       
-                                            
-                                                 
-                                                      
-                                                             set: its
-               
-               
-              
-                
-                
-               
-                
-                 
-                    attention does not
-                
-                
-                
-                 go
-                through
-               
-               
-               
-                " "transformers'
-                AttentionInterface,
-              
-              
-                 
-                  
-                   
-                    
-                     
-                      
-                       
-                        
-                           so its cache cannot be compressed"
-          
-            
-           
-            
-             
-              
-              
-                
-                  
-                    
-                      
-                           )
-        self.handles: list[RemovableHandle]
-         
-             
-              = [ model.register_forward_pre_hook(_note_inputs, with_kwargs=True),
+                f"{type(self.decoder).__name__} does not let its attention implementation be set: its attention does "
+                "not go through transformers' AttentionInterface, so its cache cannot be compressed"
+            )
+        self.handles: list[RemovableHandle] = [
+            model.register_forward_pre_hook(_note_inputs, with_kwargs=True),
             self.decoder.register_forward_pre_hook(_note_positions, with_kwargs=True),
             model.register_forward_hook(_end_forward, with_kwargs=True),
         ]
 
-  
-   
-    
-     
-       
-        def
-  
-  
-    
-      
-        
-             undo(self) ->
-  
-  
-    
-      
-        
-          
-               None:
-       
-        """Leave the model as it
-        was."""
-       
-            for handle in self.handles:
+    def undo(self) -> None:
+        """Leave the model as it was."""
+        for handle in self.handles:
             handle.remove()
         self.decoder.set_attn_implementation(self.base)
 
 
-_atta
-_attac _attach
-_attachm _attachme
-_attachme _attachmen _attachment _attachments
-_attachments: weakref.WeakKeyDictionary[nn.Module, Attachment]
-
-
-
-
-
-
- = weakref.WeakKeyDictionary() _lock =
-threading.Lock()
+_attachments: weakref.WeakKeyDictionary[nn.Module, Attachment] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
 
 
 class Session:
@@ -190,13 +76,12 @@ class Session:
         """Return an empty cache for one request. See `kvcomp.compress` for the arguments."""
         built = _build(strategy, budget, overrides)
         model_config: Any = self.model.config
-        return CompressedCache(
-            built, model_config, adapter_for(model_config), self.lease, defer=defer, reserve=reserve
-        )
+        return CompressedCache(built, model_config, adapter_for(model_config), self.lease, defer=defer, reserve=reserve)
 
     def detach(self) -> None:
         """Leave the model as it was, once the last session is detached. Caches stay readable. Calling it again
-        changes nothing."""
+        changes nothing.
+        """
         with _lock:
             if not self.lease.active:
                 return
@@ -267,9 +152,7 @@ def compress(
         )
 
 
-def _build(
-    source: Strategy | str | Path | Mapping[str, Any], budget: Any, overrides: dict[str, Any]
-) -> Strategy:
+def _build(source: Strategy | str | Path | Mapping[str, Any], budget: Any, overrides: dict[str, Any]) -> Strategy:
     if isinstance(source, Strategy) and budget is None and not overrides:
         return source
     built = config.strategy(source, budget, **overrides)
@@ -286,9 +169,7 @@ def _decoder(model: nn.Module) -> Any:
     """Return the text model whose layers hold the cache."""
     model_config = getattr(model, "config", None)
     if model_config is None or not hasattr(model, "get_decoder"):
-        raise UnsupportedModelError(
-            f"the model must be a transformers PreTrainedModel, got {type(model).__name__}"
-        )
+        raise UnsupportedModelError(f"the model must be a transformers PreTrainedModel, got {type(model).__name__}")
     if getattr(model_config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{type(model).__name__} is an encoder-decoder model; kvcomp compresses the cache of decoder-only models"
