@@ -1,0 +1,70 @@
+# Every target sets itself up: `make demo` and `make test` work from a bare clone with Python >= 3.11, pip and make.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-stamp
+JOBS ?= 2# test processes, one torch thread each
+ARGS ?=# passed on by demo, test, bench and train
+TORCH_ENV := OMP_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow check format lint types docs docs-serve package bench train clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make .venv and install the pinned versions (other targets do this by themselves)
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "kvcomp needs Python 3.11 or newer, and '$(PYTHON)' is not on the PATH. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kvcomp needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "'$(PYTHON) -m venv' failed; some systems package it separately (python3-venv)"; exit 1; }
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev,docs]'
+	@touch $@
+
+demo: setup ## Compress the cache of the shipped testbed with several methods and show what it costs
+	$(BIN)/kvcomp demo $(ARGS)
+
+test: setup ## Run the tests (CPU, offline, minutes)
+	$(TORCH_ENV) $(BIN)/python -m pytest -q -n $(JOBS) $(ARGS)
+
+test-slow: setup ## Run the tests that take longer
+	$(TORCH_ENV) $(BIN)/python -m pytest -q -n $(JOBS) -m 'slow and not gpu and not network' $(ARGS)
+
+check: lint types test docs package ## Everything that CI checks
+
+format: setup ## Format the code and apply safe fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: setup ## Check format and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: setup ## Check types (mypy, strict)
+	$(BIN)/mypy
+
+docs: setup ## Build the documentation into site/; any warning is an error
+	$(BIN)/mkdocs build --strict --quiet
+
+docs-serve: setup ## Serve the documentation while you edit it
+	$(BIN)/mkdocs serve
+
+package: setup ## Build the wheel, install it beside nothing else, and list what it registers
+	rm -rf build/package
+	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w build/package .
+	$(BIN)/python -m pip install -q --no-deps --target build/package/site build/package/*.whl
+	cd build/package && PYTHONPATH=site $(CURDIR)/$(BIN)/python -c "import kvcomp, pathlib; from kvcomp.core.registry import registry; \
+		assert pathlib.Path(kvcomp.__file__).is_relative_to(pathlib.Path('site').resolve()), kvcomp.__file__; \
+		registry.find('recipe', 'flowmm'); registry.find('testbed', 'minimile-xs'); \
+		print('the wheel registers', len(registry.entries()), 'things')"
+
+bench: setup ## Measure time and memory (see benchmarks/)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+train: setup ## Train the testbed minimile-xs again (about 100 minutes on two cores)
+	$(BIN)/python -m kvcomp.minimile.training --out training-output/minimile-xs $(ARGS)
+
+clean: ## Remove everything that these targets made, .venv included
+	rm -rf $(VENV) site build dist demo-output benchmark-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
