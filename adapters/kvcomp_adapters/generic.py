@@ -53,7 +53,7 @@ class GenericAdapter(ModelAdapter, use="generic"):
         embeds = inputs.get("inputs_embeds")
         tokens = ids.shape[1] if ids is not None else embeds.shape[1] if embeds is not None else None
         if types is not None and tokens in (None, types.shape[1]):
-            return types.to(torch.int8)
+            return torch.as_tensor(types).to(torch.int8)
         if ids is None:
             raise UnsupportedUseError(
                 "a multimodal model was given inputs_embeds alone, so nothing says which tokens are images; "

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from kvcomp.core.interfaces import Observation
 from kvcomp.core.types import AttentionBlock
 
-BLOCK_ELEMENTS = 2**22  # probabilities alive at a time, 16 MiB in float32: a block has as many rows as fit
+BLOCK_ELEMENTS = 2**20  # probabilities alive at a time on a CPU: 4 MiB of float32, so that a block stays in its caches
+BLOCK_ELEMENTS_ACCELERATOR = 2**26  # 256 MiB elsewhere, so that a block fills the device
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,51 +71,52 @@ def observe(inputs: AttentionInputs, observations: Iterable[Observation]) -> dic
 
 def _blocks(inputs: AttentionInputs, keys: Tensor, rows: Tensor | None) -> Iterator[AttentionBlock]:
     batch, heads, queries, _ = inputs.queries.shape
-    if rows is None:
-        rows = torch.arange(queries, device=keys.device).expand(batch, queries)
-    size = max(1, BLOCK_ELEMENTS // (batch * heads * keys.shape[2]))
-    for start in range(0, rows.shape[1], size):
-        chunk = rows[:, start : start + size]
-        valid = (chunk >= 0) & inputs.query_valid.gather(1, chunk.clamp(min=0))
+    tokens = keys.shape[2]
+    wanted = torch.arange(queries, device=keys.device).expand(batch, queries) if rows is None else rows
+    elements = BLOCK_ELEMENTS if keys.device.type == "cpu" else BLOCK_ELEMENTS_ACCELERATOR
+    size = max(1, elements // (batch * heads * tokens))
+    for start in range(0, wanted.shape[1], size):
+        chunk = wanted[:, start : start + size]
+        queried = chunk.clamp(min=0)
+        valid = (chunk >= 0) & inputs.query_valid.gather(1, queried)
+        seen = tokens
+        if rows is None and inputs.mask is None:  # causal: the new tokens are the last of the keys, in order
+            seen = tokens - queries + min(start + size, queries)
+        probs = _probabilities(inputs, keys[:, :, :seen], queried).masked_fill_(~valid[:, None, :, None], 0.0)
         yield AttentionBlock(
-            probs=_probabilities(inputs, keys, chunk.clamp(min=0), valid),
+            probs=F.pad(probs, (0, tokens - seen)) if seen < tokens else probs,
             rows=chunk,
-            row_modality=inputs.query_modality.gather(1, chunk.clamp(min=0)),
+            row_modality=inputs.query_modality.gather(1, queried),
             row_valid=valid,
             modality=inputs.modality,
             valid=inputs.valid,
         )
 
 
-def _probabilities(inputs: AttentionInputs, keys: Tensor, rows: Tensor, valid: Tensor) -> Tensor:
-    """Return `(batch, heads, rows, tokens)` float32: softmax rows, zero where `valid` `(batch, rows)` is false."""
-    queries = inputs.queries.gather(2, rows[:, None, :, None].expand(-1, inputs.queries.shape[1], -1, keys.shape[-1]))
-    grouped = rearrange(queries.float(), "b (kv group) rows d -> b kv (group rows) d", kv=keys.shape[1])
-    logits = rearrange(
-        grouped @ keys.transpose(-1, -2) * inputs.scaling,
-        "b kv (group rows) tokens -> b (kv group) rows tokens",
-        rows=rows.shape[1],
-    )
+def _probabilities(inputs: AttentionInputs, keys: Tensor, rows: Tensor) -> Tensor:
+    """Return the softmax of these query rows over the given first keys, `(batch, heads, rows, keys)` float32."""
+    index = rows[:, None, :, None].expand(-1, inputs.queries.shape[1], -1, keys.shape[-1])
+    queries = inputs.queries.gather(2, index).float() * inputs.scaling
+    grouped = rearrange(queries, "b (kv group) rows d -> b kv (group rows) d", kv=keys.shape[1])
+    logits = grouped @ keys.transpose(-1, -2)
+    logits = rearrange(logits, "b kv (group rows) keys -> b (kv group) rows keys", rows=rows.shape[1])
     if inputs.softcap is not None:
         logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
     logits = _masked(inputs, logits, rows)
-    if inputs.sinks is not None:
-        sinks = inputs.sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
-        probs = torch.cat([logits, sinks], dim=-1).softmax(dim=-1)[..., :-1]
-    else:
-        probs = logits.softmax(dim=-1)
-    return probs.masked_fill_(~valid[:, None, :, None], 0.0)
+    if inputs.sinks is None:
+        return logits.softmax(dim=-1)
+    sinks = inputs.sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+    return torch.cat([logits, sinks], dim=-1).softmax(dim=-1)[..., :-1]
 
 
 def _masked(inputs: AttentionInputs, logits: Tensor, rows: Tensor) -> Tensor:
     """Return the logits with what a query may not see at the lowest float (a row of pads stays finite)."""
-    lowest = torch.finfo(logits.dtype).min
+    lowest, seen = torch.finfo(logits.dtype).min, logits.shape[-1]
     if inputs.mask is None:
         group = logits.shape[1] // inputs.key_columns.shape[1] if inputs.key_columns.shape[1] > 1 else 1
-        key_columns = inputs.key_columns.repeat_interleave(group, dim=1)[:, :, None]  # (batch, heads, 1, tokens)
-        hidden = key_columns > inputs.query_columns[rows][:, None, :, None]
+        key_columns = inputs.key_columns[..., :seen].repeat_interleave(group, dim=1)[:, :, None]
+        hidden = key_columns > inputs.query_columns[rows][:, None, :, None]  # (batch, heads, rows, keys)
         return logits.masked_fill_(hidden, lowest)
     mask = inputs.mask.expand(rows.shape[0], -1, -1, -1)
-    index = rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])
-    mask = mask.gather(2, index)
+    mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1]))
     return logits.masked_fill_(~mask, lowest) if mask.dtype == torch.bool else (logits + mask).clamp_(min=lowest)

@@ -14,7 +14,7 @@ import pluggy
 
 from kvcomp.core import hookspecs
 from kvcomp.core.errors import DuplicateNameError, PluginWarning, UnknownNameError, suggest
-from kvcomp.core.interfaces import PART_KINDS
+from kvcomp.core.interfaces import PART_KINDS, Part
 
 GROUP = "kvcomp"
 
@@ -114,7 +114,7 @@ class Registry:
                 self._origins[point.name] = origin
 
     def _collect(self) -> Iterator[Entry]:
-        hooks = {
+        hooks: dict[str, Callable[[Any], tuple[str, str]]] = {
             "kvcomp_parts": _part_key,
             "kvcomp_recipes": _recipe_key,
             "kvcomp_adapters": lambda adapter: ("adapter", adapter.use),
@@ -139,7 +139,7 @@ def _warn(what: str, error: Exception) -> None:
 
 
 def _part_key(part: Any) -> tuple[str, str]:
-    if not (isinstance(part, type) and issubclass(part, tuple(PART_KINDS.values())) and part.use):
+    if not (isinstance(part, type) and issubclass(part, Part) and part.kind in PART_KINDS and part.use):
         raise TypeError(f"a part must be a subclass of an interface with a `use` name, got {part!r}")
     return part.kind, part.use
 

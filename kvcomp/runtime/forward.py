@@ -84,7 +84,7 @@ def _joined(parts: Sequence[Tensor | None], forwards: Sequence[Forward], default
     if all(part is None for part in parts):
         return default
     widths = [forward.queries.shape[2] for forward in forwards]
-    pairs = zip(parts, default.split(widths, dim=1), strict=True)
+    pairs = zip(parts, torch.split(default, widths, dim=1), strict=True)
     return torch.cat([fallback if part is None else part.to(fallback.dtype) for part, fallback in pairs], dim=1)
 
 

@@ -43,7 +43,7 @@ class Request(Protocol):
         """Compress everything that was deferred."""
 
 
-class CompressedCacheLayer(DynamicLayer):
+class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A cache layer that reports the tokens it has *seen* while it holds fewer slots.
 
     With logical lengths everywhere, `generate()` computes positions, feeds only new tokens and builds masks as for a
@@ -339,9 +339,7 @@ class CompressedCacheLayer(DynamicLayer):
         )
         self.table = arrived if self.table is None else self._whole_table(arrived=False).extend(arrived)
         self.tokens = before + (self.arrived if valid is None else valid.sum(dim=1).cpu())
-        self.next_positions = None if positions is None else positions.expand(-1, batch, -1).amax(dim=(0, 2))[None] + 1
-        if positions is not None:
-            self.next_positions = self.next_positions.expand(positions.shape[0], -1)
+        self.next_positions = None if positions is None else _next_positions(positions, batch)
         self.tail = self.arrived = 0
 
     def _whole_table(self, arrived: bool = True) -> SlotTable:
@@ -374,3 +372,9 @@ class CompressedCacheLayer(DynamicLayer):
         if self.is_initialized:
             keys, values = self.storage.read()
             self.storage.replace(keys.to(device), values.to(device))
+
+
+def _next_positions(positions: Tensor, batch: int) -> Tensor:
+    """Return the position of the token that follows, `(axes, batch)`: one more than the largest of any axis."""
+    largest = positions.expand(-1, batch, -1).amax(dim=(0, 2))
+    return (largest + 1).expand(positions.shape[0], -1)

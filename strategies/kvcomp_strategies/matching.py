@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvcomp.core.types import Assignment, LayerView, Modality, Pivots, Rule
 
-CHUNK_ELEMENTS = 2**22  # similarities alive at a time, 16 MiB in float32
+CHUNK_ELEMENTS = 2**20  # similarities alive at a time, 4 MiB in float32
 TIE = 1e-6  # float32 cosines closer than this are equal, and the earlier pivot wins
 FORBIDDEN = -4.0  # added to the cosine of a forbidden pair: below every allowed one
 LOWEST_ALLOWED = -2.0
@@ -53,21 +53,11 @@ def nearest_pivots(layer: LayerView, pivots: Pivots, eligible: Tensor, rule: Ten
     one_hot = F.one_hot(layer.modality.long(), len(Modality)).float()
     tokens = torch.cat([keys, one_hot], dim=-1)
     receivers = torch.cat([pivots.gather(keys), _penalties(pivots.gather(layer.modality), eligible, rule)], dim=-1)
-    targets = (
-        torch.cat(
-            [_nearest(chunk, tokens, receivers, floor) for chunk in sources.split(_rows(receivers), dim=2)],
-            dim=2,
-        )
-        if sources.shape[2]
-        else sources
-    )
+    receivers = receivers.transpose(-1, -2).contiguous()
+    chunks = torch.split(sources, max(1, CHUNK_ELEMENTS // eligible.numel()), dim=2)
+    targets = torch.cat([_nearest(chunk, tokens, receivers, floor) for chunk in chunks], dim=2)
     targets = targets.masked_fill(sources < 0, -1)[..., None]
     return Assignment(sources, targets, (targets >= 0).float())
-
-
-def _rows(receivers: Tensor) -> int:
-    batch, kv_heads, slots, _ = receivers.shape
-    return max(1, CHUNK_ELEMENTS // (batch * kv_heads * slots))
 
 
 def _penalties(modality: Tensor, eligible: Tensor, rule: Tensor) -> Tensor:
@@ -79,12 +69,17 @@ def _penalties(modality: Tensor, eligible: Tensor, rule: Tensor) -> Tensor:
 
 
 def _nearest(sources: Tensor, tokens: Tensor, receivers: Tensor, floor: float) -> Tensor:
-    """Return the slot number of each source's nearest receiver, `(batch, kv_heads, sources)`, -1 where none is
-    allowed.
+    """Return the slot number of each source's nearest receiver, `(batch, kv_heads, sources)`, -1 for none.
+
+    Args:
+        sources: `(batch, kv_heads, sources)`, -1 as padding.
+        tokens: `(batch, kv_heads, tokens, features)`.
+        receivers: `(batch, kv_heads, features, slots)`.
+        floor: least cosine.
     """
     index = sources.clamp(min=0)[..., None].expand(-1, -1, -1, tokens.shape[-1])
-    similarity = tokens.gather(2, index) @ receivers.transpose(-1, -2)
+    similarity = tokens.gather(2, index) @ receivers
     best = similarity.amax(dim=-1, keepdim=True)
-    first = (similarity >= best - TIE).to(torch.uint8).argmax(dim=-1)
+    first = (similarity >= best - TIE).view(torch.uint8).argmax(dim=-1)  # the earliest of those that tie
     reached = (best > LOWEST_ALLOWED) & (best >= floor - TIE)
     return first.masked_fill(~reached.squeeze(-1), -1)
