@@ -1,0 +1,68 @@
+"""The application: its commands, `--version`, and how errors and warnings are shown."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from kvcomp.cli.catalogue import check, list_entries, show
+from kvcomp.cli.demo import demo
+from kvcomp.cli.run import run
+from kvcomp.core.errors import KVCompError, KVCompWarning
+from kvcomp.version import __version__
+
+
+class ErrorsAsMessages(TyperGroup):
+    """Shows an error of kvcomp as one message on stderr, with exit code 2; its warnings as one line each."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        with warnings.catch_warnings():
+            stock = warnings.showwarning
+
+            def show_warning(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+                if issubclass(category, KVCompWarning):
+                    typer.echo(f"warning: {message}", err=True)
+                else:
+                    stock(message, category, *where, **more)
+
+            warnings.showwarning = show_warning
+            try:
+                return super().invoke(ctx)
+            except KVCompError as error:
+                typer.echo(f"error: {error}", err=True)
+                raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=ErrorsAsMessages,
+    help="KV-cache compression for multimodal and text models, composed from parts in a config file.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvcomp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def kvcomp(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
+) -> None:
+    """KV-cache compression for multimodal and text models, composed from parts in a config file."""
+
+
+app.command("list")(list_entries)
+app.command()(show)
+app.command()(check)
+app.command()(run)
+app.command()(demo)

@@ -1,0 +1,119 @@
+"""`kvcomp demo`: every recipe on the small benchmark that comes with the package."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from transformers.utils import logging as transformers_logging
+
+from kvcomp.cli.terminal import emit_json, emit_table, progress
+from kvcomp.core.errors import InputError
+from kvcomp.core.registry import registry
+from kvcomp.lab.compare import Comparison, grid
+from kvcomp.lab.document import Document, make_document, summarize, verdict
+from kvcomp.lab.html import format_rho, render_report
+from kvcomp.lab.plots import save_png
+from kvcomp.lab.tasks import Task
+from kvcomp.lab.testbed import load_testbed
+
+TESTBED = "minimile-xs"
+REFERENCE = "full"
+BUDGETS = (1.0, 0.2, 0.1)
+SAMPLES = 40  # per task: see docs/how-to on the demo's running time
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for results.json, results.png and report.html.")] = Path(
+        "demo-output"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Write results.json's document to stdout.")] = False,
+    samples: Annotated[int, typer.Option(min=1, help="Questions per task.")] = SAMPLES,
+    recipe: Annotated[list[str] | None, typer.Option(help="Only this recipe; repeat it for several.")] = None,
+    testbed: Annotated[str, typer.Option(help="Name of the testbed that answers.")] = TESTBED,
+) -> None:
+    """Answer MiniMile questions with every recipe at budgets 1.0, 0.2 and 0.1, and write a report."""
+    started = time.monotonic()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    strategies = grid(recipe_names(recipe), BUDGETS)
+    comparison = Comparison(
+        load_testbed(Path(registry.find("testbed", testbed).value)),
+        tasks_beside(testbed),
+        strategies,
+        samples=samples,
+        timed=min(samples, 3),
+    )
+    with progress("demo", comparison.steps) as advance:
+        results = comparison.run(advance)
+    document = make_document(comparison, results, time.monotonic() - started)
+    write(document, out)
+    if as_json:
+        emit_json(document)
+    else:
+        emit_summary(document, out)
+
+
+def recipe_names(chosen: Sequence[str] | None) -> list[str]:
+    """Return the reference, then the chosen recipes, by default every one.
+
+    Raises:
+        UnknownNameError: one of them is not registered.
+    """
+    names = [entry.name for entry in registry.entries("recipe")]
+    wanted = [registry.find("recipe", name).name for name in chosen or names]
+    return list(dict.fromkeys([REFERENCE, *wanted]))
+
+
+def tasks_beside(testbed: str) -> list[Task]:
+    """Return the tasks of the package that brings the testbed: it was trained for those.
+
+    Raises:
+        InputError: the package brings none.
+    """
+    package = registry.find("testbed", testbed).package
+    tasks: list[Task] = [entry.value for entry in registry.entries("task") if entry.package == package]
+    if not tasks:
+        raise InputError(f"the package {package} brings the testbed {testbed!r} and no task for it")
+    return tasks
+
+
+def write(document: Document, out: Path) -> None:
+    """Write the results, the plot and the page.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "results.json").write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        save_png(document, out / "results.png")
+        (out / "report.html").write_text(render_report(document), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--out must be a folder that can be written: {out}: {error.strerror}") from error
+
+
+def emit_summary(document: Document, out: Path) -> None:
+    """Write a line per recipe and budget, whether the whole budget changes nothing, and where the files are."""
+    tasks = document["tasks"]
+    numbers = ["budget", "exact match", *tasks, "KV bytes", "decode time"]
+    body = [
+        [
+            line.recipe,
+            f"{line.budget}",
+            f"{line.exact_match:.0%}",
+            *(f"{line.per_task[task]:.0%}" for task in tasks),
+            f"{line.kv_bytes:,.0f}",
+            "" if line.decode_ratio is None else f"{line.decode_ratio:.2f} x",
+            format_rho(line.rho),
+        ]
+        for line in summarize(document["rows"])
+    ]
+    emit_table(["recipe", *numbers, "rho per layer"], body, numbers)
+    for entry in document["skipped"]:
+        typer.echo(f"not run: {entry['recipe']} at {entry['budget']}: {entry['reason']}")
+    typer.echo(f"\n{verdict(document)}")
+    typer.echo(f"{document['samples']} questions per task, {document['seconds']:.0f} s. See {out / 'report.html'}")

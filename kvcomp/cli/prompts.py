@@ -1,0 +1,66 @@
+"""From a prompt and image files to the inputs of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from kvcomp.core.errors import InputError
+
+
+def open_image(path: Path) -> Image.Image:
+    """Return the image in a file, in RGB.
+
+    Raises:
+        InputError: the file is not there, or is no image, or is damaged.
+    """
+    try:
+        with Image.open(path) as image:
+            image.verify()
+        with Image.open(path) as image:  # verify() leaves an image unusable
+            return image.convert("RGB")
+    except UnidentifiedImageError:
+        raise InputError(f"an image file must be one that Pillow can read, and this one is not: {path}") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"the image file {path} cannot be read: {error}") from None
+
+
+def encode_prompt(processor: Any, prompt: str, images: Sequence[Image.Image], multimodal: bool) -> Mapping[str, Any]:
+    """Return the inputs of `generate`: the images, then the prompt, as one user message.
+
+    A text model without a chat template is given the prompt as it is.
+
+    Raises:
+        InputError: a multimodal processor has no chat template, so nothing says where the images go.
+    """
+    if getattr(processor, "chat_template", None):
+        content: Any = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": prompt}]
+        messages = [{"role": "user", "content": content if multimodal else prompt}]
+        options = {"tokenize": True, "add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+        encoded: Mapping[str, Any] = processor.apply_chat_template(messages, **options)
+    elif images:
+        raise InputError("the model's processor has no chat template, so nothing says where the images go")
+    else:
+        encoded = processor(text=prompt, return_tensors="pt")
+    return encoded
+
+
+def move(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """Return the inputs on the model's device, real numbers in its dtype."""
+    return {
+        name: value.to(model.device, model.dtype if value.dtype.is_floating_point else None)
+        if isinstance(value, Tensor)
+        else value
+        for name, value in inputs.items()
+    }
+
+
+def count_tokens(inputs: Mapping[str, Any]) -> int:
+    """Return the length of the prompt in tokens."""
+    ids: torch.Tensor = inputs["input_ids"]
+    return ids.shape[1]
