@@ -39,12 +39,18 @@ def sum_last_rows(rows: Tensor, count: Tensor) -> Tensor:
 
 
 def pool_average(scores: Tensor, eligible: Tensor, kernel: int) -> Tensor:
-    """Return scores averaged over `kernel` neighbours, counting only the eligible ones; `(batch, kv_heads, tokens)`."""
+    """Return scores averaged over `kernel` neighbours, `(batch, kv_heads, tokens)`, counting only the eligible ones.
+
+    Neighbours are neighbours among the eligible tokens: padding between two of them does not part them. What is not
+    eligible scores 0.
+    """
     if kernel == 1:
-        return scores
-    weight = eligible.to(scores.dtype)
-    total = _box_sum(scores * weight, kernel)
-    return total / _box_sum(weight, kernel).clamp(min=1.0)
+        return scores.masked_fill(~eligible, 0.0)
+    order = (~eligible).to(torch.uint8).argsort(dim=-1, stable=True)  # the eligible first, in order
+    weight = eligible.gather(-1, order).to(scores.dtype)
+    total = _box_sum(scores.gather(-1, order) * weight, kernel)
+    pooled = total / _box_sum(weight, kernel).clamp(min=1.0) * weight
+    return torch.zeros_like(pooled).scatter_(-1, order, pooled)
 
 
 def _box_sum(values: Tensor, kernel: int) -> Tensor:

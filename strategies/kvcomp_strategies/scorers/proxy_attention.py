@@ -46,7 +46,7 @@ class ProxyAttention(Scorer, use="proxy-attention"):
         votes = rearrange(votes, "b (kv group) t -> b kv group t", kv=layer.shape[1])
         votes = votes.mean(dim=2) if self.group == "mean" else votes.amax(dim=2)
         before = layer.valid & ~last_tokens(layer, self._kept(slots))
-        return pool_average(votes.masked_fill(~before, 0.0), before, self.kernel).masked_fill(~before, 0.0)
+        return pool_average(votes, before, self.kernel)
 
     def protect(self, layer: LayerView, slots: Tensor) -> Tensor:
         """Return the proxies' window and the sinks."""

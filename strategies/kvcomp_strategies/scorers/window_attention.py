@@ -46,8 +46,7 @@ class WindowAttention(Scorer, use="window-attention"):
         kept = self._kept(slots)
         votes = sum_last_rows(layer.observations[WindowRows(count=self.window)], kept.clamp(min=1))
         before = layer.valid & ~last_tokens(layer, kept)
-        votes = group_mean(votes, layer.shape[1]).masked_fill(~before, 0.0)
-        return pool_average(votes, before, self.kernel).masked_fill(~before, 0.0)
+        return pool_average(group_mean(votes, layer.shape[1]), before, self.kernel)
 
     def protect(self, layer: LayerView, slots: Tensor) -> Tensor:
         """Return the window."""

@@ -22,8 +22,8 @@ class TopK(PivotSelector, use="top-k"):
     def select(self, layer: LayerView, scores: Scores, slots: Tensor) -> Pivots:
         """Return the pivots, `slots` `(batch, kv_heads)` of them per head."""
         tokens, most = layer.shape[2], int(slots.max())
-        if most == tokens:  # everything stays, and nothing is invalid, or a head could not hold so many
-            return Pivots(torch.arange(tokens, device=layer.keys.device).expand(layer.shape), self._mask(slots, layer))
+        if int(slots.min()) == tokens:  # every head holds so many valid tokens, so everything stays
+            return Pivots(torch.arange(tokens, device=layer.keys.device).expand(layer.shape))
         order = scores.values.argsort(dim=-1, descending=True, stable=True)
         tier = layer.valid.to(torch.uint8) + scores.protected
         order = order.gather(-1, tier.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
