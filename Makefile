@@ -46,10 +46,10 @@ types: setup ## Check types (mypy, strict)
 	$(BIN)/mypy
 
 docs: setup ## Build the documentation into site/; any warning is an error
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 docs-serve: setup ## Serve the documentation while you edit it
-	$(BIN)/mkdocs serve
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 package: setup ## Build the wheel, install it beside nothing else, and list what it registers
 	rm -rf build/package

@@ -1,7 +1,8 @@
 """Keep the tokens whose keys have the smallest L2 norm."""
 
-import kvcomp
 from torch import Tensor
+
+import kvcomp
 
 
 class HelloKeyNorm(kvcomp.Scorer, use="hello-key-norm"):

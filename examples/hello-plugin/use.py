@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-import kvcomp
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import kvcomp
 
 config = LlamaConfig(
     vocab_size=100,
@@ -18,7 +19,7 @@ config = LlamaConfig(
 model = LlamaForCausalLM(config).eval()
 prompt = torch.randint(3, 100, (1, 80))
 
-for strategy in ("hello", Path(__file__).parent / "hello.yaml"):
+for strategy in ("hello", Path(__file__).parent / "flowmm-hello.yaml"):
     with kvcomp.compress(model, strategy) as cache:
         model.generate(input_ids=prompt, past_key_values=cache, max_new_tokens=4, do_sample=False)
-    print(cache.report())
+    print(cache.report())  # noqa: T201
