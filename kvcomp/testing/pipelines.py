@@ -16,7 +16,7 @@ from kvcomp.core.strategy import Strategy
 
 NEIGHBOURS = {
     "policy": "uniform",
-    "scorer": "window-attention",
+    "scorer": "proxy-attention",
     "allocator": "uniform",
     "selector": "top-k",
     "matcher": "nearest",

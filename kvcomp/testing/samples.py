@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from kvcomp.core.attention import AttentionInputs
@@ -38,6 +39,9 @@ class Sample:
     label: str = ""
     layer: int = 1
     layers: int = 3
+
+    def __repr__(self) -> str:
+        return f"Sample({self.label})"
 
     def inputs(self) -> AttentionInputs:
         """Return what the attention of this layer saw: causal by place, pads hidden."""
@@ -80,8 +84,9 @@ class Sample:
 
     def heads(self, order: Sequence[int]) -> Sample:
         """Return the KV heads, each with its group of query heads, in this order."""
-        grouped = self.queries.unflatten(1, (self.keys.shape[1], -1))[:, list(order)]
-        return replace(self._take(list(order), dim=1), queries=grouped.flatten(1, 2))
+        grouped = rearrange(self.queries, "b (kv group) q d -> b kv group q d", kv=self.keys.shape[1])
+        queries = grouped[:, list(order)].flatten(1, 2)
+        return replace(self._take(list(order), dim=1), queries=queries)
 
     def alone(self, row: int) -> Sample:
         """Return one row as a batch of its own, without padding."""
@@ -142,9 +147,23 @@ def make_sample(
         valid,
         _indices(valid, held),
         counts.masked_fill(~valid, 0.0) if held else counts,
-        label=f"seed {seed}, {fill} {str(dtype).removeprefix('torch.')}, rows of {list(lengths)}, {held} held",
+        label=_label(seed, lengths, fill, held, queries, keys, modalities),
         layer=layer,
     )
+
+
+def _label(
+    seed: int,
+    lengths: Sequence[int],
+    fill: str,
+    held: int,
+    queries: Tensor,
+    keys: Tensor,
+    modalities: Sequence[Modality],
+) -> str:
+    heads = f"{keys.shape[1]} kv_heads in groups of {queries.shape[1] // keys.shape[1]}, head_dim {keys.shape[3]}"
+    dtype, names = str(keys.dtype).removeprefix("torch."), "/".join(choice.name.lower() for choice in modalities)
+    return f"seed {seed}, {fill} {dtype}, rows of {list(lengths)} {names} after {held} held, {heads}"
 
 
 def _held(batch: int, kv_heads: int, held: int, generator: torch.Generator) -> Tensor:
