@@ -100,12 +100,36 @@ def story_row(story: Story, questions: Sequence[Question], first_answer: int = 0
     return row
 
 
+def plain_row(story: Story, questions: Sequence[Question], first_answer: int = 0) -> Row:
+    """Return the same without the frame: `colour of lisbon red`, and the next question follows at once."""
+    row = story_row(story, ())
+    for number, question in enumerate(questions):
+        row.text(encode(question.text.removesuffix(" ?")))
+        row.text(encode(question.value), answer=first_answer + number)
+        row.kinds.append(f"plain {question.kind}")
+    return row
+
+
 def copy_row(ids: Sequence[int], turn: int, answer: int) -> Row:
     """Return distinct tokens, then the same ones rotated: all but the first of those are predictable."""
     row = Row()
-    row.text([*ids, ids[turn]])
+    row.text([*_OPENING, *ids, ids[turn]])
     row.text([*ids[turn + 1 :], *ids[:turn]], answer=answer)
     row.kinds.append("copy")
+    return row
+
+
+def recall_row(pairs: Sequence[tuple[int, list[int]]], order: Sequence[int], answer: int) -> Row:
+    """Return keys with their values, then the same pairs in another order: each value follows from its key."""
+    row = Row()
+    row.text(_OPENING)
+    for key, values in pairs:
+        row.text([key, *values])
+    for number, index in enumerate(order):
+        key, values = pairs[index]
+        row.text([key])
+        row.text(values, answer=answer + number)
+        row.kinds.append("recall")
     return row
 
 

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from random import Random
 
-from kvcomp.minimile.batching import Batch, Row, collate, copy_row, story_row
+from kvcomp.minimile.batching import Batch, Row, collate, copy_row, plain_row, recall_row, story_row
 from kvcomp.minimile.stories import Question, Recipe, Story, compose, seeded
 from kvcomp.minimile.tasks import TASKS
-from kvcomp.minimile.vocabulary import SPECIALS, WORDS
+from kvcomp.minimile.vocabulary import DIGITS, NAMES, NOUNS, SPECIALS, WORDS, encode
 
 STAGES = (
     Recipe(images=1, facts=1, codes=1, tokens=24),
-    Recipe(images=2, facts=2, codes=1, tokens=48),
-    Recipe(images=3, facts=3, codes=1, tokens=64),
-    Recipe(images=4, facts=4, codes=1, tokens=80),
-    Recipe(images=6, facts=5, codes=1, tokens=110),
-    Recipe(images=8, facts=6, codes=1, tokens=140),
-    Recipe(images=12, facts=6, codes=1, tokens=180),
-    Recipe(images=16, facts=6, codes=1, tokens=240),
+    Recipe(images=3, facts=3, codes=1, tokens=60),
+    Recipe(images=6, facts=3, codes=1, tokens=110),
+    Recipe(images=12, facts=3, codes=1, tokens=180),
 )
 """The stage after the last of these is the tasks themselves, at their own lengths."""
 
@@ -25,6 +21,8 @@ FINAL_STAGE = len(STAGES)
 NEWEST_SHARE = 0.7
 QUESTIONS = 12
 COPY_LENGTH = 24
+PAIRS = 8
+PLAIN_SHARE, LAST_PLAIN_SHARE = 0.5, 0.25
 
 
 def story_batch(seed: int, step: int, stage: int, budget: int) -> Batch:
@@ -35,10 +33,12 @@ def story_batch(seed: int, step: int, stage: int, budget: int) -> Batch:
     rng = seeded("train", seed, step)
     rows: list[Row] = []
     tokens = asked = 0
+    share = LAST_PLAIN_SHARE if stage == FINAL_STAGE else PLAIN_SHARE
     while tokens < budget:
         current = stage if rng.random() < NEWEST_SHARE else rng.randint(0, stage)
         story = compose(rng, draw_recipe(rng, current))
-        rows.append(story_row(story, choose_questions(rng, story), asked))
+        write = plain_row if rng.random() < share else story_row
+        rows.append(write(story, choose_questions(rng, story), asked))
         asked += len(rows[-1].kinds)
         tokens += len(rows[-1].ids)
     return collate(rows)
@@ -66,10 +66,21 @@ def choose_questions(rng: Random, story: Story) -> list[Question]:
     return chosen
 
 
-def copy_batch(seed: int, step: int, rows: int) -> Batch:
-    """Return the rotated copies of one step."""
+def copy_batch(seed: int, step: int, copies: int, recalls: int) -> Batch:
+    """Return the rotated copies and the shuffled pairs of one step."""
     rng = seeded("copy", seed, step)
     words = range(len(SPECIALS), len(WORDS))
-    return collate(
-        [copy_row(rng.sample(words, COPY_LENGTH), rng.randrange(COPY_LENGTH), row) for row in range(rows)]
-    )
+    rows = [copy_row(rng.sample(words, COPY_LENGTH), rng.randrange(COPY_LENGTH), row) for row in range(copies)]
+    answers = copies
+    for _ in range(recalls):
+        rows.append(recall_row(draw_pairs(rng), rng.sample(range(PAIRS), PAIRS), answers))
+        answers += PAIRS
+    return collate(rows)
+
+
+def draw_pairs(rng: Random) -> list[tuple[int, list[int]]]:
+    """Return names with either one word or four digits each."""
+    keys = rng.sample(encode(" ".join(NAMES)), PAIRS)
+    if rng.random() < 0.5:
+        return [(key, [word]) for key, word in zip(keys, rng.sample(encode(" ".join(NOUNS)), PAIRS), strict=True)]
+    return [(key, rng.sample(encode(" ".join(DIGITS)), 4)) for key in keys]

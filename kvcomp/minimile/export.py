@@ -45,18 +45,24 @@ Greedy `generate` in float32 on the split `{split}`, which training never saw.
 Seed {seed}; {steps:,} steps; {minutes:.0f} minutes of wall-clock on two shared CPU cores. Many questions
 follow each context, each with its answer, and only answers carry loss; a rotated copy task is mixed into
 every step. The curriculum goes from one image and one fact to the tasks' own lengths, a stage being passed at
-{gate:.0%} for every kind of question; then the learning rate (AdamW, 2e-3) falls linearly to zero.
+{gate:.0%} for every kind of question; at the end the learning rate (AdamW, 2e-3) falls linearly to zero.
 `training_log.json` has every 50th step.
 
+Two things decided whether names bind to their images and facts at all. The copy and recall rows must open with the
+same tokens as the stories; otherwise the model keeps induction for rows without a frame. And part of the stories is
+asked without the frame (`colour of lisbon red`), which the framed questions then follow.
+
 Answers begin with the fixed lead `answer :`, because the first token after a prefill is still computed from
-the full cache.
+the full cache; then they repeat the name that was asked for (`answer : lisbon red`).
 
 The processor class is `PaddleOCRVLProcessor` with Qwen2-VL's image processor: the same tensors as
 `Qwen2_5_VLProcessor`, which cannot be built without torchvision.
 """
 
 
-def export(checkpoint: Path, folder: Path, split: str = "test", samples: int = 300) -> list[dict[str, Any]]:
+def export(
+    checkpoint: Path, folder: Path, split: str = "test", samples: int = 300, note: str = ""
+) -> list[dict[str, Any]]:
     """Write the folder, load it back as any user would, measure it, and return the measurements."""
     run = Run.load(checkpoint)
     model = run.model.eval().to(torch.float16)
@@ -72,7 +78,7 @@ def export(checkpoint: Path, folder: Path, split: str = "test", samples: int = 3
     build_processor().save_pretrained(folder)
     results = [evaluate(folder, task, split, samples) for task in TASKS]
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    (folder / "README.md").write_text(write_card(run.progress, parameters, split, results))
+    (folder / "README.md").write_text(write_card(run.progress, parameters, split, results) + note)
     write_log(folder / "training_log.json", run.progress, results)
     return results
 
@@ -109,8 +115,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--samples", type=int, default=300)
+    parser.add_argument("--note", type=Path, help="Markdown file whose text ends the model card")
     options = parser.parse_args(arguments)
-    for result in export(options.checkpoint, options.folder, samples=options.samples):
+    note = "\n" + options.note.read_text() if options.note else ""
+    for result in export(options.checkpoint, options.folder, samples=options.samples, note=note):
         print(json.dumps(result))  # noqa: T201 - a command prints its result
 
 

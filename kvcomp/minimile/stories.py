@@ -16,6 +16,7 @@ from kvcomp.minimile.vocabulary import ADJECTIVES, COLOURS, DIGITS, NAMES, NOUNS
 VERSION = "minimile-1"
 IMAGE_TOKENS = 6
 """Four visual tokens between the start and the end mark."""
+FACT_DIGITS = 3
 
 
 class Question(NamedTuple):
@@ -24,6 +25,12 @@ class Question(NamedTuple):
     kind: str
     text: str
     answer: str
+
+    @property
+    def value(self) -> str:
+        """The answer without its lead and without the name that it repeats."""
+        words = self.answer.split()
+        return " ".join(words[2:] if self.kind == "code" else words[3:])
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ def compose(rng: Random, recipe: Recipe) -> Story:
     colours, shapes = _spread(rng, COLOURS, recipe.images), _spread(rng, SHAPES, recipe.images)
     items: list[tuple[tuple[Part, ...], list[Question]]] = []
     items += [_picture(rng, names.pop(), *look) for look in zip(colours, shapes, strict=True)]
-    items += [_fact(rng, names.pop()) for _ in range(recipe.facts)]
+    items += [_fact(names.pop(), digits) for digits in _numbers(rng, recipe.facts)]
     items += [_code(rng, names.pop()) for _ in range(recipe.codes)]
     questions = tuple(question for _, asked in items for question in asked)
     chunks = [parts for parts, _ in items]
@@ -78,17 +85,22 @@ def _spread(rng: Random, values: tuple[str, ...], count: int) -> list[str]:
     return bag[:count]
 
 
+def _numbers(rng: Random, count: int) -> list[str]:
+    """Return numbers of three digits, no digit twice, so that each digit but the first follows from the last one."""
+    digits = rng.sample(DIGITS, FACT_DIGITS * count)
+    return [" ".join(digits[start : start + FACT_DIGITS]) for start in range(0, len(digits), FACT_DIGITS)]
+
+
 def _picture(rng: Random, name: str, colour: str, shape: str) -> tuple[tuple[Part, ...], list[Question]]:
     asked = [
-        Question("colour", f"colour of {name} ?", f"answer : {colour}"),
-        Question("shape", f"shape of {name} ?", f"answer : {shape}"),
+        Question("colour", f"colour of {name} ?", f"answer : {name} {colour}"),
+        Question("shape", f"shape of {name} ?", f"answer : {name} {shape}"),
     ]
     return (name, draw_shape(rng, colour, shape)), asked
 
 
-def _fact(rng: Random, name: str) -> tuple[tuple[Part, ...], list[Question]]:
-    digits = " ".join(rng.choices(DIGITS, k=4))
-    asked = Question("number", f"number of {name} ?", f"answer : {digits}")
+def _fact(name: str, digits: str) -> tuple[tuple[Part, ...], list[Question]]:
+    asked = Question("number", f"number of {name} ?", f"answer : {name} {digits}")
     return (f"number of {name} {digits} .",), [asked]
 
 

@@ -31,24 +31,24 @@ class MiniTask(Task):
 
 
 class TextNeedle(MiniTask):
-    """Repeat the four digits that one of six sentences gave, among images and filler sentences."""
+    """Repeat the three digits that one of three sentences gave, among images and filler sentences."""
 
     name = "mini/text-needle"
-    images, facts, codes, kinds = 8, 6, 0, ("number",)
+    images, facts, codes, kinds = 10, 3, 0, ("number",)
 
 
 class ImageRecall(MiniTask):
     """Name the colour or the shape in one of sixteen labelled images."""
 
     name = "mini/image-recall"
-    images, facts, codes, kinds = 16, 3, 0, ("colour", "shape")
+    images, facts, codes, kinds = 16, 2, 0, ("colour", "shape")
 
 
 class ImageNeedle(MiniTask):
     """Read the four digits shown by the one image of thirteen that shows a code."""
 
     name = "mini/image-needle"
-    images, facts, codes, kinds = 12, 3, 1, ("code",)
+    images, facts, codes, kinds = 12, 2, 1, ("code",)
 
 
 TASKS: tuple[MiniTask, ...] = (TextNeedle(), ImageRecall(), ImageNeedle())

@@ -30,12 +30,12 @@ from kvcomp.minimile.model import build_model, image_features
 LEARNING_RATE = 2e-3
 WARM_UP = 100
 DECAY_STEPS = 1_500
-PASS = 0.95
+PASS, LAST_PASS = 0.85, 0.96
 """A stage is passed when the running share of right answers reaches this for every kind of question."""
-DECAY_SHARE = 0.25
+DECAY_SHARE = 0.3
 """The learning rate starts to fall when this share of `--minutes` is left, whatever the stage."""
 MEMORY = 0.95
-COPY_LEARNED = 0.8
+COPY_LEARNED = 0.7
 """Copying counts as learned when this share of the rows is right to the last token."""
 
 
@@ -43,10 +43,11 @@ class Mix(NamedTuple):
     """What one step is made of."""
 
     story_tokens: int
-    copy_rows: int
+    copies: int
+    recalls: int
 
 
-FIRST_MIX, LATER_MIX = Mix(1_600, 32), Mix(3_600, 3)
+FIRST_MIX, LATER_MIX = Mix(1_600, 24, 8), Mix(3_000, 3, 4)
 """Half of the tokens are copies until copying is learned: binding a name to its value waits for that."""
 
 
@@ -92,7 +93,7 @@ class Run:
         mix = LATER_MIX if progress.right.get("copy", 0.0) > COPY_LEARNED else FIRST_MIX
         batches = [
             story_batch(progress.seed, progress.step, progress.stage, mix.story_tokens),
-            copy_batch(progress.seed, progress.step, mix.copy_rows),
+            copy_batch(progress.seed, progress.step, mix.copies, mix.recalls),
         ]
         self.optimizer.zero_grad()
         loss = torch.zeros(())
@@ -110,8 +111,9 @@ class Run:
     def advance(self) -> None:
         """Go to the next stage, or start to lower the learning rate, once this stage is passed."""
         progress = self.progress
-        asked = [value for kind, value in progress.right.items() if kind != "copy"]
-        if progress.decay_start is not None or progress.stage_step < 40 or min(asked) < PASS:
+        asked = [value for kind, value in progress.right.items() if kind not in ("copy", "recall")]
+        gate = LAST_PASS if progress.stage == FINAL_STAGE else PASS
+        if progress.decay_start is not None or progress.stage_step < 40 or min(asked) < gate:
             return
         if progress.stage == FINAL_STAGE:
             progress.decay_start = progress.step

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from kvcomp.minimile import TASKS
-from kvcomp.minimile.batching import IGNORED, collate, story_row
+from kvcomp.minimile.batching import IGNORED, collate, plain_row, story_row
 from kvcomp.minimile.model import build_model, image_features
 from kvcomp.minimile.processor import build_processor
 from kvcomp.minimile.stories import Question, Story
@@ -74,6 +74,17 @@ def test_loss_falls_on_answers_only(sample):
     assert learned == encode(f"{sample.answer} <|im_end|> answer : red <|im_end|>")
     assert batch.answers[batch.targets != IGNORED].tolist() == [0] * 7 + [1] * 4
     assert batch.kinds == ("code", "colour")
+
+
+def test_a_plain_row_asks_without_the_frame(sample):
+    questions = [
+        Question("colour", "colour of oslo ?", "answer : oslo red"),
+        Question("code", "code of image ?", "answer : 4 0 7 1"),
+    ]
+    batch = collate([plain_row(Story(("the river",), ()), questions)])
+    assert batch.input_ids[0].tolist() == encode("<|im_start|> user the river colour of oslo red code of image 4 0 7 1")
+    assert batch.targets[batch.targets != IGNORED].tolist() == encode("red 4 0 7 1")
+    assert batch.kinds == ("plain colour", "plain code")
 
 
 def test_padding_changes_no_logit(model, sample):

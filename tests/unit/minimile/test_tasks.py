@@ -46,7 +46,7 @@ def test_prompts_have_at_least_250_tokens(task):
 def test_an_answer_starts_with_the_fixed_lead_and_never_ends_there(task):
     for index in range(20):
         assert task.sample("test", index).answer.startswith("answer : ")
-        assert len(task.sample("test", index).answer.split()) in (3, 6)
+        assert len(task.sample("test", index).answer.split()) in (4, 6)
 
 
 def test_image_recall_is_balanced_and_cannot_be_guessed_from_what_occurs():
@@ -59,18 +59,20 @@ def test_image_recall_is_balanced_and_cannot_be_guessed_from_what_occurs():
 
 @pytest.mark.parametrize("task", [TASKS[0], TASKS[2]], ids=lambda task: task.name)
 def test_needles_use_every_digit_about_equally(task):
-    digits = Counter(digit for index in range(200) for digit in task.sample("test", index).answer.split()[2:])
+    words = [word for index in range(200) for word in task.sample("test", index).answer.split()]
+    digits = Counter(word for word in words if word.isdigit())
+    expected = digits.total() / 10
     assert len(digits) == 10
-    assert all(45 <= count <= 120 for count in digits.values())  # 80 expected
+    assert all(0.6 * expected < count < 1.4 * expected for count in digits.values())
 
 
 def test_the_text_needle_stands_in_the_context_exactly_once():
     for index in range(20):
         sample = TASKS[0].sample("test", index)
         text = " ".join(part if isinstance(part, str) else "<image>" for part in sample.context)
-        needle = f"{sample.question.removesuffix(' ?')} {sample.answer.removeprefix('answer : ')} ."
+        needle = f"number of {sample.answer.removeprefix('answer : ')} ."
         assert text.count(needle) == 1
-        assert text.count("number of") == 6
+        assert text.count("number of") == 3
 
 
 def test_exact_match_ignores_white_space_only():

@@ -6,11 +6,12 @@ from kvcomp.minimile import curriculum, training
 from kvcomp.minimile.curriculum import FINAL_STAGE, choose_questions, copy_batch, draw_recipe, story_batch
 from kvcomp.minimile.stories import compose, count_tokens, seeded
 from kvcomp.minimile.training import DECAY_STEPS, LEARNING_RATE, Mix, Progress, Run, train
+from kvcomp.minimile.vocabulary import encode
 
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    monkeypatch.setattr(training, "FIRST_MIX", Mix(story_tokens=100, copy_rows=2))
+    monkeypatch.setattr(training, "FIRST_MIX", Mix(story_tokens=100, copies=1, recalls=1))
 
 
 def test_two_steps_and_two_resumed_ones_give_the_weights_of_four(tmp_path):
@@ -71,10 +72,13 @@ def test_stages_advance_once_every_kind_is_right():
     run.progress.right = {"colour": 1.0, "number": 0.9, "copy": 0.0}
     run.advance()
     assert run.progress.stage == 0
-    run.progress.right["number"] = 0.96
+    run.progress.right["number"] = 0.92
     run.advance()
     assert (run.progress.stage, run.progress.stage_step) == (1, 0)
     run.progress.stage, run.progress.stage_step = FINAL_STAGE, 40
+    run.advance()
+    assert run.progress.decay_start is None
+    run.progress.right["number"] = 0.97
     run.advance()
     assert run.progress.decay_start == run.progress.step
 
@@ -87,12 +91,29 @@ def test_batches_depend_on_seed_and_step_alone():
 
 
 def test_the_second_half_of_a_copy_row_is_the_first_one_rotated():
-    batch = copy_batch(0, 0, rows=2)
-    half = batch.input_ids.shape[1] // 2
-    first, second = batch.input_ids[0, :half].tolist(), batch.input_ids[0, half:].tolist()
+    batch = copy_batch(0, 0, copies=2, recalls=0)
+    words = batch.input_ids[0, 2:].tolist()  # after the opening, which all rows share
+    first, second = words[: len(words) // 2], words[len(words) // 2 :]
     turn = first.index(second[0])
     assert second == first[turn:] + first[:turn]
-    assert (batch.targets[0] >= 0).sum() == half - 1
+    assert (batch.targets[0] >= 0).sum() == len(first) - 1
+
+
+def test_a_recall_row_asks_for_every_value_once_more():
+    batch = copy_batch(0, 0, copies=0, recalls=1)
+    ids, answers = batch.input_ids[0].tolist(), batch.answers[0].tolist()
+    assert batch.kinds == ("recall",) * curriculum.PAIRS
+    for answer in range(curriculum.PAIRS):
+        start, length = answers.index(answer), answers.count(answer)
+        pair = ids[start : start + 1 + length]  # the key, then its value
+        places = [place for place in range(len(ids)) if ids[place : place + len(pair)] == pair]
+        assert len(places) == 2
+
+
+def test_every_row_opens_alike_so_that_no_mode_can_be_told_from_the_opening():
+    stories, copies = story_batch(0, 0, 1, 500), copy_batch(0, 0, copies=2, recalls=2)
+    opening = encode("<|im_start|> user")
+    assert all(row[:2] == opening for row in (*stories.input_ids.tolist(), *copies.input_ids.tolist()))
 
 
 @pytest.mark.parametrize("stage", range(FINAL_STAGE + 1))
