@@ -13,17 +13,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
-
 import kvcomp
+import yaml
 from kvcomp.core import errors, hookspecs
 from kvcomp.core.config import recipe_document
 from kvcomp.core.interfaces import PART_KINDS, Part
 from kvcomp.core.registry import Entry, registry
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 HERE = "This page is generated from the code. "
 SYMBOLS = {"Ge": "≥", "Gt": ">", "Le": "≤", "Lt": "<"}
@@ -230,7 +229,6 @@ def command_line_page() -> Iterator[str]:
     """Return the help of every command."""
     import click
     import typer
-
     from kvcomp import cli
 
     command = typer.main.get_command(cli.app)

@@ -1,9 +1,8 @@
 """Set a budget as a ratio, in tokens, and in bytes."""
 
+import kvcomp
 import torch
 from tiny_model import build, prompt
-
-import kvcomp
 
 model, inputs = build(), prompt(200)
 

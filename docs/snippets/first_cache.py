@@ -1,10 +1,9 @@
 """Compress a first cache: the tutorial's own lines."""
 
 # --8<-- [start:load]
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
 import kvcomp
 from kvcomp.core.registry import registry
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 folder = registry.find("testbed", "minimile-xs").value  # a small model that comes with kvcomp
 model = AutoModelForImageTextToText.from_pretrained(folder)

@@ -1,8 +1,7 @@
 """Run a strategy by hand on random tensors: no model, no transformers."""
 
-import torch
-
 import kvcomp
+import torch
 
 batch, kv_heads, tokens, head_dim = 1, 2, 40, 16
 shape = (batch, kv_heads, tokens)

@@ -2,11 +2,10 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import kvcomp
 import torch
 from tiny_model import build, prompt
 from transformers import DynamicCache
-
-import kvcomp
 
 model = build()
 

@@ -1,9 +1,8 @@
 """Compress a context once, and leave what comes after it alone."""
 
+import kvcomp
 import torch
 from tiny_model import build, prompt
-
-import kvcomp
 
 model = build()
 
