@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -68,9 +69,10 @@ class Budget:
         if isinstance(value, str) and value.strip().endswith("B"):
             return cls(bytes=_parse_bytes(value))
         try:
-            return cls(ratio=Fraction(str(value).strip()))
+            ratio = Fraction(str(value).strip())
         except (ValueError, ZeroDivisionError):
             raise BudgetError(f"a budget must be {SPELLINGS}; got {value!r}") from None
+        return cls(ratio=ratio)
 
     @classmethod
     def _from_mapping(cls, value: Mapping[str, Any]) -> Budget:
@@ -118,7 +120,7 @@ class Budget:
             raise BudgetError(
                 f"a budget of {self.bytes} bytes is below one slot per KV head and layer, which takes {slot_bytes} "
                 f"bytes in this model; ask for at least that",
-                smallest=round(1 / max(int(tokens.max()), 1) + 5e-7, 6),
+                smallest=math.ceil(10**6 / max(int(tokens.max()), 1)) / 10**6,
             )
         return self.bytes // slot_bytes
 

@@ -43,6 +43,7 @@ def strategy(
             are set.
 
     Raises:
+        BudgetError: the `budget` argument cannot be read.
         ConfigError: listing every fault with its path.
         UnknownNameError: no recipe of that name.
 
@@ -53,7 +54,7 @@ def strategy(
     faults: list[str] = []
     document = _with_base(document, faults)
     if budget is not None:
-        document["budget"] = budget
+        document["budget"] = Budget.parse(budget)
     for path, value in overrides.items():
         _override(document, path, value, faults)
     return _build(document, faults, label)

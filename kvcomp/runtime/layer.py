@@ -150,16 +150,9 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         slots = max(int(stays.sum(dim=-1).max()), 0)
         keys, values = self.storage.read()
         self.storage.replace(keys[:, :, :slots].clone(), values[:, :, :slots].clone())
-        full = bool(stays[..., :slots].all())
+        stays = stays[..., :slots]
         table = table.map(lambda entry: entry[..., :slots].contiguous())
-        self.table = SlotTable(
-            table.indices,
-            table.columns,
-            table.counts,
-            table.modality,
-            table.positions,
-            None if full else stays[..., :slots],
-        )
+        self.table = table if bool(stays.all()) else table.masked(stays)
         self.tokens = self.tokens + self.tail - (self.seen - target)
         if self.next_positions is not None:
             self.next_positions = self.next_positions + self.tail - (self.seen - target)

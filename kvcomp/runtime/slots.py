@@ -77,6 +77,13 @@ class SlotTable:
             mask=mask,
         )
 
+    def masked(self, stays: Tensor) -> SlotTable:
+        """Return the table with the slots outside `stays` `(batch, kv_heads, slots)` empty."""
+        indices = self.indices.masked_fill(~stays, -1)
+        columns = indices if self.columns is self.indices else self.columns
+        counts = self.counts.masked_fill(~stays, 0.0)
+        return SlotTable(indices, columns, counts, self.modality, self.positions, stays)
+
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the tensors that hold the table."""
         entries = (self.indices, self.columns, self.counts, self.modality, self.positions)

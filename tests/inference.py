@@ -1,0 +1,65 @@
+"""Requests to tiny models: what the integration tests have in common."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+import kvcomp
+from kvcomp.core.registry import registry
+
+RECIPES = [entry.name for entry in registry.entries("recipe")]
+COMPRESSING = [name for name in RECIPES if name != "full"]
+
+
+def generate(
+    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], cache: Any, new: int = 8, **settings: Any
+) -> Any:
+    """Return the output of greedy generation, sequences and logits."""
+    settings = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True} | settings
+    return model.generate(**inputs, past_key_values=cache, max_new_tokens=new, **settings)
+
+
+def generate_stock(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], new: int = 8, **settings: Any) -> Any:
+    """Return the same with transformers' own cache."""
+    return generate(model, inputs, DynamicCache(config=model.config), new, **settings)
+
+
+def generate_compressed(
+    model: PreTrainedModel,
+    inputs: Mapping[str, torch.Tensor],
+    recipe: Any,
+    budget: Any = None,
+    new: int = 8,
+    **settings: Any,
+) -> tuple[Any, kvcomp.CompressedCache]:
+    """Return the output and the compressed cache."""
+    with kvcomp.compress(model, recipe, budget=budget) as cache:
+        output = generate(model, inputs, cache, new, **settings)
+    return output, cache
+
+
+def left_padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return rows `(1, tokens)` of different lengths as one batch, padded on the left with token 0."""
+    width = max(row.shape[1] for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for place, row in enumerate(rows):
+        ids[place, width - row.shape[1] :] = row[0]
+        mask[place, width - row.shape[1] :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def quiet_prefill(
+    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], recipe: Any, budget: Any
+) -> kvcomp.CompressedCache:
+    """Return the cache after one bare forward of the prompt."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", kvcomp.IgnoredSettingWarning)
+        with kvcomp.compress(model, recipe, budget=budget) as cache, torch.no_grad():
+            model(**inputs, past_key_values=cache)
+    return cache

@@ -1,0 +1,112 @@
+"""Slots and bytes are exactly what was asked for, and the report says what the storages hold."""
+
+import gc
+from fractions import Fraction
+
+import pytest
+import torch
+from inference import COMPRESSING, generate, quiet_prefill
+from models import image_inputs, text_inputs, tiny_llama, tiny_qwen3, tiny_qwen_vl
+
+import kvcomp
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("recipe", COMPRESSING)
+def test_every_head_of_every_layer_keeps_exactly_the_budget(recipe, dtype):
+    model = tiny_llama().to(dtype)
+    for tokens in (9, 10, 37, 120):
+        for budget in ("0.05", "0.1", "0.2", "0.35", "0.7"):
+            cache = quiet_prefill(model, text_inputs(tokens), recipe, budget)
+            slots = max(1, int(Fraction(budget) * tokens))
+            for layer in cache.layers:
+                assert layer.keys.shape == layer.values.shape == (1, 2, slots, 16)
+                assert layer.keys.dtype == dtype
+                assert (layer.indices.diff(dim=-1) > 0).all()
+                assert layer.indices.min() >= 0
+                assert layer.indices.max() < tokens
+                assert layer.counts.sum(-1).max() <= tokens
+            report = cache.report()
+            expected = 3 * 2 * slots * 2 * 16 * dtype.itemsize
+            assert report.allocated_bytes == expected
+            assert report.allocated_bytes + report.reserved_bytes <= 1.02 * expected
+            assert report.full_bytes == 3 * 2 * tokens * 2 * 16 * dtype.itemsize
+
+
+@pytest.mark.parametrize("recipe", COMPRESSING)
+def test_images_are_budgeted_like_any_token(recipe):
+    inputs = image_inputs(images=4)
+    tokens = inputs["input_ids"].shape[1]
+    cache = quiet_prefill(tiny_qwen_vl(), inputs, recipe, 0.2)
+    assert {layer.keys.shape[2] for layer in cache.layers} == {tokens // 5}
+    for layer in cache.report().layers:
+        assert layer.tokens == (tokens,)
+        assert layer.slots[0] + layer.merged[0] + layer.evicted[0] == tokens
+
+
+def test_budgets_in_tokens_and_bytes():
+    model, inputs = tiny_qwen3(), text_inputs(100)
+    assert quiet_prefill(model, inputs, "snapkv", {"tokens": 25}).layers[0].keys.shape[2] == 25
+    slot_bytes = 3 * 2 * 2 * 32 * 4  # layers, KV heads, keys and values, head_dim, float32
+    cache = quiet_prefill(model, inputs, "snapkv", {"bytes": 30 * slot_bytes + 17})
+    assert cache.layers[0].keys.shape[2] == 30
+    assert cache.report().allocated_bytes == 30 * slot_bytes
+
+
+def _alive() -> dict[int, int]:
+    gc.collect()
+    tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
+    return {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.untyped_storage().nbytes()
+    }
+
+
+@pytest.mark.parametrize("new", [1, 6])
+@pytest.mark.parametrize("recipe", ["flowmm", "h2o", "random"])
+def test_the_report_accounts_for_every_storage_that_a_request_leaves_alive(recipe, new):
+    model, inputs = tiny_llama(), text_inputs(200)
+    with kvcomp.compress(model, recipe, budget=0.2) as cache:  # once before: what transformers itself keeps
+        generate(model, inputs, cache, new)
+    del cache
+    before = _alive()
+    with kvcomp.compress(model, recipe, budget=0.2) as cache:
+        generate(model, inputs, cache, new)
+    left = {pointer: size for pointer, size in _alive().items() if pointer not in before}
+    report = cache.report()
+    assert sum(left.values()) == report.allocated_bytes + report.reserved_bytes + report.bookkeeping_bytes
+
+
+def test_room_for_decoding_is_reserved_once_where_its_size_is_known():
+    model, inputs = tiny_llama(), text_inputs(100)
+    with kvcomp.compress(model, "snapkv", budget=0.2, reserve=32) as cache:
+        generate(model, inputs, cache, 2)
+        pointer = cache.layers[0].keys.data_ptr()
+        for token in range(30):
+            with torch.no_grad():
+                model(input_ids=torch.tensor([[token + 2]]), past_key_values=cache)
+        assert cache.layers[0].keys.data_ptr() == pointer
+    report = cache.report()
+    assert report.reserved_bytes == 3 * 2 * 2 * 16 * 4  # 32 slots were reserved, 31 are filled
+
+
+def test_appending_copies_each_slot_a_bounded_number_of_times():
+    model, inputs = tiny_llama(), text_inputs(100)
+    moves = 0
+    with kvcomp.compress(model, "snapkv", budget=0.5) as cache, torch.no_grad():
+        model(**inputs, past_key_values=cache)
+        pointer = cache.layers[0].keys.data_ptr()
+        for token in range(150):
+            model(input_ids=torch.tensor([[token % 70 + 2]]), past_key_values=cache)
+            moves += cache.layers[0].keys.data_ptr() != pointer
+            pointer = cache.layers[0].keys.data_ptr()
+    assert cache.layers[0].keys.shape[2] == 200
+    assert moves <= 8
+
+
+def test_bookkeeping_is_at_most_five_percent_at_head_dim_128_in_bfloat16():
+    config = tiny_llama().config
+    config.head_dim = 128
+    torch.manual_seed(0)
+    model = type(tiny_llama())(config).to(torch.bfloat16).eval()
+    report = quiet_prefill(model, text_inputs(400), "flowmm", 0.2).report()
+    assert report.bookkeeping_bytes <= 0.05 * report.allocated_bytes

@@ -1,0 +1,109 @@
+"""Later turns, chunks, deferred compression, and a cache that is cropped."""
+
+import pytest
+import torch
+from inference import COMPRESSING, RECIPES, generate, generate_stock
+from models import text_inputs, tiny_llama
+
+import kvcomp
+
+
+def _two_turns(model, recipe, budget, **overrides):
+    prompt = text_inputs(60)["input_ids"]
+    with kvcomp.compress(model, recipe, budget=budget, **overrides) as cache:
+        first = generate(model, {"input_ids": prompt}, cache, 6).sequences
+        everything = torch.cat([first, text_inputs(9, seed=5)["input_ids"]], dim=1)
+        second = generate(model, {"input_ids": everything}, cache, 6).sequences
+    return everything, second, cache
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_turns_at_budget_one_are_one_run(recipe):
+    model = tiny_llama()
+    everything, second, _ = _two_turns(model, recipe, 1.0)
+    assert torch.equal(second, generate_stock(model, {"input_ids": everything}, 6).sequences)
+
+
+@pytest.mark.parametrize("recipe", COMPRESSING)
+def test_the_budget_of_a_later_turn_is_of_all_tokens_seen(recipe):
+    _, _, cache = _two_turns(tiny_llama(), recipe, 0.4)
+    report = cache.report().layers[0]
+    assert report.tokens == (80,)  # 60 + 6 + 9 + 6, the last one never fed
+    assert report.slots == (75 * 2 // 5 + 5,)  # the second turn was compressed at 75 tokens, 5 more were decoded
+    assert cache.layers[0].indices[0, 0, -5:].tolist() == [75, 76, 77, 78, 79]
+    assert sum(report.slots + report.merged + report.evicted) == 80
+
+
+def test_turns_append_leaves_later_turns_uncompressed():
+    _, _, cache = _two_turns(tiny_llama(), "snapkv", 0.4, turns="append")
+    assert cache.report().layers[0].slots == (24 + 20,)
+    assert cache.report().turns == "append"
+
+
+@pytest.mark.parametrize("recipe", COMPRESSING)
+def test_deferred_chunks_are_one_chunk(recipe):
+    model, inputs = tiny_llama(), text_inputs(60)
+    with kvcomp.compress(model, recipe, budget=0.3) as whole:
+        reference = generate(model, inputs, whole).sequences
+    with kvcomp.compress(model, recipe, budget=0.3, defer=True) as chunked:
+        output = generate(model, inputs, chunked, prefill_chunk_size=16).sequences
+    assert torch.equal(output, reference)
+    assert torch.equal(chunked.layers[2].indices, whole.layers[2].indices)
+
+
+@pytest.mark.parametrize("recipe", COMPRESSING)
+def test_chunks_keep_as_many_slots_as_one_chunk(recipe):
+    model, inputs = tiny_llama(), text_inputs(70)
+    with kvcomp.compress(model, recipe, budget=0.3) as whole:
+        generate(model, inputs, whole)
+    with kvcomp.compress(model, recipe, budget=0.3) as chunked:
+        generate(model, inputs, chunked, prefill_chunk_size=20)
+    assert chunked.layers[0].keys.shape == whole.layers[0].keys.shape
+    if recipe == "streaming-llm":
+        assert torch.equal(chunked.layers[0].indices, whole.layers[0].indices)
+
+
+def test_finish_compresses_what_was_deferred():
+    model, inputs = tiny_llama(), text_inputs(60)
+    with kvcomp.compress(model, "flowmm", budget=0.2, defer=True) as cache, torch.no_grad():
+        model(**inputs, past_key_values=cache)
+        assert cache.layers[0].keys.shape[2] == 60
+        cache.finish()
+        assert cache.layers[0].keys.shape[2] == 12
+
+
+def test_accumulated_attention_goes_on_in_the_next_turn():
+    model = tiny_llama()
+    ids = text_inputs(40)["input_ids"]
+    with kvcomp.compress(model, "h2o", budget={"tokens": 60}) as cache, torch.no_grad():
+        model(input_ids=ids[:, :25], past_key_values=cache)
+        model(input_ids=ids[:, 25:], past_key_values=cache)
+    carried = next(iter(cache.layers[0].carried.values()))
+    with kvcomp.compress(model, "h2o", budget={"tokens": 60}) as whole, torch.no_grad():
+        model(input_ids=ids, past_key_values=whole)
+    assert torch.allclose(carried, next(iter(whole.layers[0].carried.values())), atol=1e-5)
+
+
+@pytest.mark.parametrize("target", [62, 30])
+def test_crop_removes_the_last_columns(target):
+    model = tiny_llama()
+    with kvcomp.compress(model, "snapkv", budget=0.5) as cache:
+        generate(model, text_inputs(60), cache, 6)
+        kept = cache.layers[0].indices.clone()
+        cache.crop(target - cache.get_seq_length())
+        assert cache.get_seq_length() == target
+        for head in range(2):
+            left = cache.layers[0].indices[0, head]
+            assert left[left >= 0].tolist() == [index for index in kept[0, head].tolist() if index < target]
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+    assert cache.layers[0].indices.amax() == target
+
+
+def test_reset_makes_a_cache_new():
+    model, inputs = tiny_llama(), text_inputs(50)
+    with kvcomp.compress(model, "flowmm", budget=0.3) as cache:
+        first = generate(model, inputs, cache).sequences
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        assert torch.equal(generate(model, inputs, cache).sequences, first)
