@@ -14,6 +14,7 @@ from kvcomp.testing.samples import Sample
 Promise = Callable[[Strategy, Sample], None]
 
 PROMISES: dict[str, Promise] = {
+    "unchanged-inputs": invariance.unchanged_inputs,
     "exact-slots": budget.exact_slots,
     "sorted-pivots": budget.sorted_pivots,
     "earlier-ties": budget.earlier_ties,
@@ -26,7 +27,6 @@ PROMISES: dict[str, Promise] = {
     "convex-hull": merging.convex_hull,
     "equal-vectors": merging.equal_vectors,
     "same-edges": merging.same_edges,
-    "unchanged-inputs": invariance.unchanged_inputs,
     "same-bits": invariance.same_bits,
     "finite": invariance.finite,
     "permuted-rows": invariance.permuted_rows,
