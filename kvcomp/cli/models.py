@@ -15,7 +15,6 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
 )
-from transformers.utils import logging as transformers_logging
 
 from kvcomp.core.errors import InputError
 
@@ -58,7 +57,6 @@ def load_model(source: Source, device: str) -> Any:
         InputError: its weights cannot be loaded, or there is no such device.
     """
     target = _device(device)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     auto: Any = AutoModelForImageTextToText if source.multimodal else AutoModelForCausalLM
     try:
         return auto.from_pretrained(source.name, dtype="auto").to(target).eval()

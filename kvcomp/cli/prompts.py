@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -62,5 +61,5 @@ def move(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
 
 def count_tokens(inputs: Mapping[str, Any]) -> int:
     """Return the length of the prompt in tokens."""
-    ids: torch.Tensor = inputs["input_ids"]
+    ids: Tensor = inputs["input_ids"]
     return ids.shape[1]

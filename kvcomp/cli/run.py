@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 import yaml
 from rich.console import Console
+from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from kvcomp.cli.models import Source, find_model, load_model, load_processor
 from kvcomp.cli.prompts import count_tokens, encode_prompt, move, open_image
+from kvcomp.cli.quiet import quiet_transformers
 from kvcomp.cli.terminal import Advance, emit_json, progress
 from kvcomp.core.config import strategy as build_strategy
 from kvcomp.core.errors import ConfigError, InputError
+from kvcomp.runtime.cache import CompressedCache
 from kvcomp.runtime.report import Report
 from kvcomp.runtime.session import compress
 
@@ -40,7 +42,7 @@ class Ticks(BaseStreamer):  # type: ignore[misc]
         self.advance = advance
         self.prompt = True
 
-    def put(self, value: torch.Tensor) -> None:
+    def put(self, value: Tensor) -> None:
         """Advance, unless it is the prompt."""
         if not self.prompt:
             self.advance("")
@@ -70,21 +72,25 @@ def run(
     method = strategy_source(strategy)
     build_strategy(method, budget, **overrides)  # its faults first: loading a model takes long
     pictures = [open_image(path) for path in image or []]
-    source = find_model(model)
-    check_images(source, pictures)
-    with progress(f"loading {model}"):
-        loaded, processor = load_model(source, device), load_processor(source)
-    inputs = move(encode_prompt(processor, prompt, pictures, source.multimodal), loaded)
-    with progress("answering", max_new_tokens) as advance, compress(loaded, method, budget, **overrides) as cache:
-        output = loaded.generate(
-            **inputs,
-            past_key_values=cache,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            streamer=Ticks(advance),
-        )
-    answer = processor.decode(output[0, count_tokens(inputs) :], skip_special_tokens=True).strip()
+    with quiet_transformers():
+        source = find_model(model)
+        check_images(source, pictures)
+        with progress(f"loading {model}"):
+            loaded, processor = load_model(source, device), load_processor(source)
+        inputs = move(encode_prompt(processor, prompt, pictures, source.multimodal), loaded)
+        with progress("answering", max_new_tokens) as advance, compress(loaded, method, budget, **overrides) as cache:
+            new = generate(loaded, inputs, cache, max_new_tokens, advance)
+    answer = processor.decode(new, skip_special_tokens=True).strip()
     emit(answer, cache.report(), count_tokens(inputs), as_json)
+
+
+def generate(model: Any, inputs: Mapping[str, Any], cache: CompressedCache, most: int, advance: Advance) -> Tensor:
+    """Return the ids of the greedy answer, `(tokens,)`."""
+    output = model.generate(
+        **inputs, past_key_values=cache, max_new_tokens=most, do_sample=False, streamer=Ticks(advance)
+    )
+    new: Tensor = output[0, count_tokens(inputs) :]
+    return new
 
 
 def strategy_source(name: str) -> str | Path:

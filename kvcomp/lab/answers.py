@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
 from kvcomp.core.strategy import Strategy
 from kvcomp.lab.testbed import LoadedTestbed
@@ -61,35 +58,3 @@ def answer(bed: LoadedTestbed, inputs: Mapping[str, Tensor], strategy: Strategy,
         )
     assert witness.report is not None
     return Answers(tuple(bed.decode(output[:, inputs["input_ids"].shape[1] :])), witness.report)
-
-
-class _Stopwatch(BaseStreamer):  # type: ignore[misc]
-    """Notes the time at the prompt, the first token, and every token after it."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        """Note the time; the tokens are already on the CPU, so the device has finished."""
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Do nothing: the last token was noted."""
-
-
-def decode_seconds(
-    bed: LoadedTestbed, inputs: Mapping[str, Tensor], strategy: Strategy, tokens: int = 16
-) -> list[float]:
-    """Return the seconds of each decoded token after the first, for one prompt and exactly `tokens` new tokens."""
-    watch = _Stopwatch()
-    with torch.inference_mode(), compress(bed.model, strategy) as cache:
-        bed.model.generate(
-            **inputs,
-            past_key_values=cache,
-            min_new_tokens=tokens,
-            max_new_tokens=tokens,
-            do_sample=False,
-            streamer=watch,
-        )
-    generated = watch.times[1:]  # the first note is the prompt, the second the end of the prefill
-    return [later - earlier for earlier, later in itertools.pairwise(generated)]

@@ -11,10 +11,11 @@ from typing import Any
 from kvcomp.core.config import strategy
 from kvcomp.core.errors import KVCompError
 from kvcomp.core.strategy import Strategy
-from kvcomp.lab.answers import Answers, answer, decode_seconds
+from kvcomp.lab.answers import Answers, answer
 from kvcomp.lab.statistics import mean, wilson
 from kvcomp.lab.tasks import Sample, Task
 from kvcomp.lab.testbed import LoadedTestbed
+from kvcomp.lab.timing import decode_seconds
 
 OnStep = Callable[[str], None]
 
@@ -129,7 +130,7 @@ class Comparison:
     """The same samples of every task, answered under every strategy. All comparisons are paired.
 
     Answers come from left-padded batches, which give each row what it gives alone. Decode time comes from single
-    prompts, the strategies in a new random order for each, so that what else the machine does hits all alike.
+    prompts, the strategies in turns of one token.
 
     Args:
         bed: who answers.
@@ -151,8 +152,8 @@ class Comparison:
         *,
         samples: int,
         split: str = "demo",
-        batch: int = 20,
-        timed: int = 3,
+        batch: int = 10,
+        timed: int = 2,
         max_new_tokens: int = 16,
         seed: int = 0,
     ) -> None:
@@ -166,7 +167,7 @@ class Comparison:
     def steps(self) -> int:
         """Return how many times `run` calls `on_step`."""
         batches = -(-self.samples // self.batch)
-        return len(self.tasks) * len(self.strategies) * (batches + self.timed)
+        return len(self.tasks) * (len(self.strategies) * batches + self.timed)
 
     def run(self, on_step: OnStep = lambda done: None) -> Results:
         """Return the results; `on_step` is told what is being run, before each step."""
@@ -185,7 +186,10 @@ class Comparison:
 
     def _answer(self, task: Task, samples: Sequence[Sample], on_step: OnStep) -> None:
         inputs = self.bed.encode(samples)
-        for number, chosen in self._each(range(len(self.strategies)), task, on_step):
+        for number, chosen in enumerate(self.strategies):
+            on_step(f"{task.name}: {chosen.name} at {chosen.budget}")
+            if number in self._failures:
+                continue
             try:
                 answers = answer(self.bed, inputs, chosen, self.max_new_tokens)
             except KVCompError as error:
@@ -194,20 +198,13 @@ class Comparison:
                 self._tallies[number, task.name].add(task, samples, answers)
 
     def _time(self, task: Task, index: int, order: random.Random, on_step: OnStep) -> None:
+        on_step(f"{task.name}: decode time")
         inputs = self.bed.encode([task.sample(self.split, index)])
-        numbers = list(range(len(self.strategies)))
-        order.shuffle(numbers)
-        for number, chosen in self._each(numbers, task, on_step):
-            seconds = decode_seconds(self.bed, inputs, chosen, self.max_new_tokens)
+        finished = self._finished()
+        timed = [chosen for _, chosen in finished]
+        measured = decode_seconds(self.bed.model, inputs, timed, self.max_new_tokens, order)
+        for (number, _), seconds in zip(finished, measured, strict=True):
             self._tallies[number, task.name].seconds += seconds
-
-    def _each(self, numbers: Sequence[int], task: Task, on_step: OnStep) -> Iterator[tuple[int, Strategy]]:
-        """Yield the strategies that have not failed, each announced."""
-        for number in numbers:
-            chosen = self.strategies[number]
-            on_step(f"{task.name}: {chosen.name} at {chosen.budget}")
-            if number not in self._failures:
-                yield number, chosen
 
     def _rows(self) -> Iterator[Row]:
         for number, chosen in self._finished():

@@ -20,9 +20,9 @@ def render_report(document: Document) -> str:
         _overview(document),
         f"<h2>Every recipe</h2>\n<figure>{to_svg(document)}</figure>",
         _rho(document),
-        _details(document),
         _skipped(document),
         _method(document),
+        _details(document),
     )
     return (
         "<!doctype html>\n"
@@ -54,17 +54,19 @@ def _overview(document: Document) -> str:
         [_text(recipe), *(_overview_cell(lines.get((recipe, budget))) for budget in known)]
         for recipe in ranked(document["rows"])
     ]
-    return "<h2>Exact match and bytes</h2>\n" + _table(
+    return "<h2>Exact match, bytes and decode time</h2>\n" + _table(
         ["recipe", *(f"budget {budget}" for budget in known)],
         body,
-        "Mean exact match over the tasks, and KV bytes per sample. The best at the smallest budget come first.",
+        "Mean exact match over the tasks, KV bytes per sample, and time per decoded token relative to the full cache. "
+        "The best at the smallest budget come first.",
     )
 
 
 def _overview_cell(line: Line | None) -> str:
     if line is None:
         return "<td></td>"
-    return _share(line.exact_match, f" <small>{_kib(line.kv_bytes)}</small>")
+    ratio = "" if line.decode_ratio is None else f" &middot; {line.decode_ratio:.2f} x"
+    return _share(line.exact_match, f" <small>{_kib(line.kv_bytes)}{ratio}</small>")
 
 
 def _rho(document: Document) -> str:
@@ -88,7 +90,8 @@ def _details(document: Document) -> str:
     order = {recipe: place for place, recipe in enumerate(ranked(document["rows"]))}
     rows = sorted(document["rows"], key=lambda row: order[row["recipe"]])
     head = ["recipe", "budget", "task", "exact match", "95 % interval", "KV bytes", "decode time", "rho per layer"]
-    return "<h2>All rows</h2>\n" + _table(head, map(_detail, rows), "", text_columns=("task",))
+    table = _table(head, map(_detail, rows), "", text_columns=("task",))
+    return f"<h2>All rows</h2>\n<details><summary>{len(rows)} rows</summary>\n{table}</details>\n"
 
 
 def _detail(row: dict[str, Any]) -> list[str]:
@@ -122,8 +125,9 @@ def _method(document: Document) -> str:
         "<p>Every recipe answers the same prompts: greedy decoding, the question inside the compressed prompt "
         f"(<code>{escape(document['question'])}</code>), split <code>{escape(document['split'])}</code>, at most "
         f"{document['max_new_tokens']} new tokens. Decode time comes from {document['timed_samples']} prompts per "
-        "task, one at a time, the recipes in a random order for each. It says little about a model of this size, whose cache "
-        f"is small: it shows what compression costs, not what it saves on a long prompt.</p>\n<dl>\n{terms}\n</dl>\n"
+        "task, one at a time, which all recipes decode in turns of one token. It says little about a model of this "
+        "size, whose cache is small: it shows what compression costs, not what it saves on a long prompt.</p>\n"
+        f"<dl>\n{terms}\n</dl>\n"
     )
 
 

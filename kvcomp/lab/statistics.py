@@ -24,7 +24,7 @@ def wilson(successes: int, trials: int, z: float = Z95) -> tuple[float, float]:
     share, weight = successes / trials, z * z / trials
     centre = (share + weight / 2) / (1 + weight)
     half = z / (1 + weight) * math.sqrt(share * (1 - share) / trials + weight / (4 * trials))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))  # at 0 and 1 rounding misses it
 
 
 def mean(values: Iterable[float | None]) -> float | None:
