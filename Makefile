@@ -20,7 +20,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "kvcomp needs Python 3.11 or newer, and '$(PYTHON)' is not on the PATH. Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kvcomp needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "'$(PYTHON) -m venv' failed; some systems package it separately (python3-venv)"; exit 1; }
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev,docs]'
+	@echo 'Installing the pinned versions into $(VENV); the first time this takes a few minutes.'
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev,docs]'
 	@touch $@
 
 demo: setup ## Compress the cache of the shipped testbed with several methods and show what it costs
@@ -60,8 +61,8 @@ package: setup ## Build the wheel, install it beside nothing else, and list what
 		registry.find('recipe', 'flowmm'); registry.find('testbed', 'minimile-xs'); \
 		print('the wheel registers', len(registry.entries()), 'things')"
 
-bench: setup ## Measure time and memory (see benchmarks/)
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: setup ## Measure prefill overhead and decode time against a stock cache
+	$(BIN)/python benchmarks/speed.py $(ARGS)
 
 train: setup ## Train the testbed minimile-xs again (about 100 minutes on two cores)
 	$(BIN)/python -m kvcomp.minimile.training --out training-output/minimile-xs $(ARGS)

@@ -73,6 +73,12 @@ def test_compress_with_the_recipe_and_with_the_file(site: Path):
     assert "flowmm-hello at budget 0.25" in done.stdout
 
 
+def test_the_plugin_keeps_every_promise(site: Path):
+    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", HELLO / "test_promises.py", path=site)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
+
+
 @pytest.fixture
 def broken(tmp_path: Path) -> Path:
     """Make an installed distribution whose entry point raises on import."""
