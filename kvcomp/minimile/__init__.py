@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from kvcomp.core.errors import UnknownNameError
 from kvcomp.minimile.tasks import TASKS
 
 __all__ = ["TASKS", "checkpoint_folder"]
@@ -12,5 +13,5 @@ def checkpoint_folder(name: str = "minimile-xs") -> Path:
     folder = Path(__file__).parent / "checkpoints" / name
     if not folder.is_dir():
         available = sorted(path.name for path in folder.parent.glob("*/"))
-        raise ValueError(f"no checkpoint named {name!r}. Available: {', '.join(available)}")
+        raise UnknownNameError(f"no checkpoint named {name!r}. Available: {', '.join(available)}")
     return folder

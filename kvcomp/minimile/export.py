@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from kvcomp.minimile.evaluation import evaluate
 from kvcomp.minimile.processor import build_processor
 from kvcomp.minimile.tasks import TASKS
-from kvcomp.minimile.training import PASS, Progress, Run
+from kvcomp.minimile.training import LAST_PASS, PASS, Progress, Run
 from kvcomp.minimile.vocabulary import IM_END, PAD, TOKEN_IDS
 
 CARD = """\
@@ -42,15 +42,15 @@ Greedy `generate` in float32 on the split `{split}`, which training never saw.
     python -m kvcomp.minimile.training --out training-output/minimile-xs --seed {seed}
     python -m kvcomp.minimile.export training-output/minimile-xs/last <this folder>
 
-Seed {seed}; {steps:,} steps; {minutes:.0f} minutes of wall-clock on two shared CPU cores. Many questions
-follow each context, each with its answer, and only answers carry loss; a rotated copy task is mixed into
-every step. The curriculum goes from one image and one fact to the tasks' own lengths, a stage being passed at
-{gate:.0%} for every kind of question; at the end the learning rate (AdamW, 2e-3) falls linearly to zero.
-`training_log.json` has every 50th step.
+Seed {seed}; {steps:,} steps; {minutes:.0f} minutes of wall-clock on two shared CPU cores. Many questions follow
+each context, each with its answer, and only answers carry loss; rotated copies and shuffled name-value pairs are
+mixed into every step. The curriculum goes from one image and one fact to the tasks' own lengths; a stage is
+passed at {gate:.0%} for every kind of question, the last one at {last_gate:.0%}. Then the learning rate (AdamW,
+2e-3) falls linearly to zero. `training_log.json` has every 50th step.
 
-Two things decided whether names bind to their images and facts at all. The copy and recall rows must open with the
-same tokens as the stories; otherwise the model keeps induction for rows without a frame. And part of the stories is
-asked without the frame (`colour of lisbon red`), which the framed questions then follow.
+Two things decided whether names bind to their images and facts at all. The copy and pair rows must open with
+the same tokens as the stories; otherwise the model keeps induction for rows without a frame. And half of the
+stories are asked without the frame (`colour of lisbon red`); the framed questions then follow.
 
 Answers begin with the fixed lead `answer :`, because the first token after a prefill is still computed from
 the full cache; then they repeat the name that was asked for (`answer : lisbon red`).
@@ -100,6 +100,7 @@ def write_card(progress: Progress, parameters: int, split: str, results: list[di
         steps=progress.step,
         minutes=progress.seconds / 60,
         gate=PASS,
+        last_gate=LAST_PASS,
     )
 
 

@@ -29,9 +29,10 @@ from kvcomp.minimile.model import build_model, image_features
 
 LEARNING_RATE = 2e-3
 WARM_UP = 100
-DECAY_STEPS = 1_500
+DECAY_STEPS = 700
 PASS, LAST_PASS = 0.85, 0.96
-"""A stage is passed when the running share of right answers reaches this for every kind of question."""
+"""A stage is passed when the running share of right answers reaches this for every kind of question; the second
+holds for the last stage."""
 DECAY_SHARE = 0.3
 """The learning rate starts to fall when this share of `--minutes` is left, whatever the stage."""
 MEMORY = 0.95
@@ -122,15 +123,18 @@ class Run:
             progress.stage_step = 0
 
     def save(self, folder: Path) -> None:
-        """Write weights, moments and progress; an interrupted write leaves the previous checkpoint whole."""
-        fresh = folder.with_name(folder.name + ".new")
-        shutil.rmtree(fresh, ignore_errors=True)
+        """Write weights, moments and progress; an interrupted write leaves a whole checkpoint beside it."""
+        fresh, old = (folder.with_name(folder.name + suffix) for suffix in (".new", ".old"))
+        for leftover in (fresh, old):
+            shutil.rmtree(leftover, ignore_errors=True)
         fresh.mkdir(parents=True)
         save_file(dict(self.model.named_parameters()), fresh / "model.safetensors")
         save_file(pack_moments(self.optimizer), fresh / "optimizer.safetensors")
         (fresh / "progress.json").write_text(json.dumps(asdict(self.progress), indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
         fresh.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
     @classmethod
     def load(cls, folder: Path) -> Run:

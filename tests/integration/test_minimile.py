@@ -7,12 +7,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from kvcomp.core.errors import UnknownNameError
 from kvcomp.minimile import TASKS, checkpoint_folder
 from kvcomp.minimile.evaluation import evaluate, predict
 
 
 def test_an_unknown_checkpoint_is_refused_with_the_names_of_the_known_ones():
-    with pytest.raises(ValueError, match=r"no checkpoint named 'mini'\. Available: minimile-xs"):
+    with pytest.raises(UnknownNameError, match=r"no checkpoint named 'mini'\. Available: minimile-xs"):
         checkpoint_folder("mini")
 
 

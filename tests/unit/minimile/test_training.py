@@ -69,10 +69,10 @@ def test_learning_rate_warms_up_stays_and_falls():
 def test_stages_advance_once_every_kind_is_right():
     run = Run()
     run.progress.stage_step = 40
-    run.progress.right = {"colour": 1.0, "number": 0.9, "copy": 0.0}
+    run.progress.right = {"colour": 1.0, "number": 0.8, "copy": 0.0}
     run.advance()
     assert run.progress.stage == 0
-    run.progress.right["number"] = 0.92
+    run.progress.right["number"] = 0.86
     run.advance()
     assert (run.progress.stage, run.progress.stage_step) == (1, 0)
     run.progress.stage, run.progress.stage_step = FINAL_STAGE, 40
