@@ -128,7 +128,11 @@ def main() -> None:
     model = build_model()
     document: dict[str, object] = {
         "machine": {"processor": platform.processor(), "threads": torch.get_num_threads()},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "kvcomp": kvcomp.__version__},
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "kvcomp": kvcomp.__version__,
+        },
     }
     for tokens in arguments.tokens:
         timings = measure(model, tokens, arguments.repeats, arguments.decode)
