@@ -1,10 +1,10 @@
-"""Peak memory of H2O's column sums beyond the forward itself, over prompt lengths: it must grow linearly, never with tokens x tokens.
+"""Peak memory of H2O's column sums over prompt lengths: it must grow at most linearly, never with tokens x tokens.
 
     python benchmarks/memory.py [--tokens 4096 8192 16384] [--out benchmark-output/memory.json]
 
-Every measurement is a fresh process. It runs one layer's attention statistics over seeded random queries and keys (8 heads, 2 KV heads,
-head_dim 64) and reads the operating system's peak resident memory before and after: the difference is what observing took. The
-exponent is that of a line fitted to the logarithms.
+Every measurement is a fresh process. It runs one layer's attention statistics over seeded random queries and keys
+(8 heads, 2 KV heads, head_dim 64) and reads the operating system's peak resident memory before and after: the
+difference is what observing took. The exponent is that of a line fitted to the logarithms.
 """
 
 from __future__ import annotations
@@ -77,10 +77,8 @@ def main() -> None:
     for tokens in arguments.tokens:
         command = [sys.executable, __file__, "--one", str(tokens)]
         sizes.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-        matrix = HEADS * tokens * tokens * 4
-        print(
-            f"{tokens:6} tokens: {sizes[-1] / 2**20:7.1f} MiB beyond the inputs (all attention: {matrix / 2**20:.0f} MiB)"
-        )
+        matrix = HEADS * tokens * tokens * 4 / 2**20
+        print(f"{tokens:6} tokens: {sizes[-1] / 2**20:7.1f} MiB beyond the inputs (all attention: {matrix:.0f} MiB)")
     slope = exponent(arguments.tokens, sizes)
     print(f"fitted exponent {slope:.2f} (bar 1.1)")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -2,9 +2,10 @@
 
     python benchmarks/speed.py [--tokens 2048 4096 8192] [--repeats 5] [--decode 48] [--out benchmark-output/speed.json]
 
-The model is a seeded random Llama (6 layers, 8 heads, 2 KV heads, head_dim 64). All work of a prefill is done when its call returns.
-In every repeat each case runs once, in an order that rotates; a ratio is taken inside a repeat, and its median over repeats is reported
-with the smallest and largest. Decode time is per token: median (and mean, since buffers sometimes grow) over the tokens of a run.
+The model is a seeded random Llama (6 layers, 8 heads, 2 KV heads, head_dim 64). All work of a prefill is done when its
+call returns. In every repeat each case runs once, in an order that rotates; a ratio is taken inside a repeat, and its
+median over repeats is reported with the smallest and largest. Decode time is per token: the median (and the mean, since
+buffers sometimes grow) over the tokens of a run.
 """
 
 from __future__ import annotations
