@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ def demo(
     testbed: Annotated[str, typer.Option(help="Name of the testbed that answers.")] = TESTBED,
 ) -> None:
     """Answer MiniMile questions with every recipe at budgets 1.0, 0.2 and 0.1, and write a report."""
+    make_folder(out)  # before minutes of work for it
     with quiet_transformers(), torch_threads(1):
         document = compare(recipe, testbed, samples)
     write(document, out)
@@ -86,19 +88,25 @@ def tasks_beside(testbed: str) -> list[Task]:
     return tasks
 
 
-def write(document: Document, out: Path) -> None:
-    """Write the results, the plot and the page.
+def make_folder(out: Path) -> None:
+    """Make the folder for the results.
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: it cannot be made, or not be written to.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "results.json").write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        save_png(document, out / "results.png")
-        (out / "report.html").write_text(render_report(document), encoding="utf-8")
     except OSError as error:
-        raise InputError(f"--out must be a folder that can be written: {out}: {error.strerror}") from error
+        raise InputError(f"--out must be a folder that can be made: {out}: {error.strerror}") from None
+    if not os.access(out, os.W_OK):
+        raise InputError(f"--out must be a folder that can be written to: {out}")
+
+
+def write(document: Document, out: Path) -> None:
+    """Write the results, the plot and the page."""
+    (out / "results.json").write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    save_png(document, out / "results.png")
+    (out / "report.html").write_text(render_report(document), encoding="utf-8")
 
 
 def emit_summary(document: Document, out: Path) -> None:

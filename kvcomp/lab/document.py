@@ -108,7 +108,7 @@ def verdict(document: Document) -> str:
         return "No recipe was run at budget 1.0."
     if not different:
         return (
-            f"At budget 1.0 all {len(whole)} recipes gave the answers of '{reference['recipe']}', "
+            f"At budget 1.0 every recipe ({len(whole)}) gave the answers of '{reference['recipe']}': "
             f"{reference['samples']} of {reference['samples']}."
         )
     cases = ", ".join(f"{entry['recipe']} {entry['samples'] - entry['same']}" for entry in different)

@@ -1,0 +1,258 @@
+"""The command line, in this process and as a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from models import TEXT
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import kvcomp
+from kvcomp.cli import app
+from kvcomp.core.registry import registry
+from kvcomp.lab.threads import torch_threads
+from kvcomp.minimile.model import build_model
+from kvcomp.minimile.processor import build_processor
+
+KINDS = {
+    *("recipe", "policy", "allocator", "scorer", "selector", "matcher", "merger", "store", "observation"),
+    *("adapter", "task", "testbed"),
+}
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def process(*arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "kvcomp", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with torch_threads(1):
+        yield
+
+
+@pytest.fixture(scope="module")
+def vision_model(tmp_path_factory):
+    """An untrained model that takes images, with its processor, in a folder."""
+    folder = tmp_path_factory.mktemp("vision") / "untrained-xs"
+    build_model(0).save_pretrained(folder)
+    build_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory):
+    """An untrained Llama with a tokenizer of single words and no chat template."""
+    folder = tmp_path_factory.mktemp("text")
+    words = {word: number for number, word in enumerate(["<pad>", "<unk>", *"abcdefghij"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**TEXT | {"vocab_size": len(words)})).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def red(tmp_path):
+    path = tmp_path / "red.png"
+    Image.new("RGB", (56, 56), "red").save(path)
+    return path
+
+
+# --- list, show, check ---
+
+
+def test_list_as_json_is_one_array_of_everything_registered():
+    result = process("list", "--json")
+    entries = json.loads(result.stdout)
+    assert result.returncode == 0
+    assert entries == [entry.describe() for entry in registry.entries()]
+    assert {entry["kind"] for entry in entries} <= KINDS
+    assert {"name": "flowmm", "kind": "recipe", "package": "kvcomp", "version": kvcomp.__version__} in entries
+
+
+def test_list_is_a_plain_table_where_stdout_is_no_terminal():
+    result = call("list")
+    lines = result.stdout.splitlines()
+    assert result.exit_code == 0
+    assert lines[0].split() == ["name", "kind", "package", "version"]
+    assert len(lines) == 1 + len(registry.entries())
+    assert ["flow-guided", "policy", "kvcomp", kvcomp.__version__] in [line.split() for line in lines]
+
+
+def test_version():
+    assert call("--version").stdout == f"kvcomp {kvcomp.__version__}\n"
+
+
+@pytest.mark.parametrize("entry", registry.entries("recipe"), ids=lambda entry: entry.name)
+def test_what_show_writes_is_what_check_accepts(entry, tmp_path):
+    shown = call("show", entry.name)
+    file = tmp_path / f"{entry.name}.yaml"
+    file.write_text(shown.stdout)
+    checked = call("check", file)
+    assert (shown.exit_code, checked.exit_code) == (0, 0)
+    assert kvcomp.strategy(file) == kvcomp.strategy(entry.name)
+    assert entry.name in checked.stdout
+
+
+def test_a_recipe_given_as_a_mapping_is_shown_as_yaml():
+    class Plugin:
+        @kvcomp.hookimpl
+        def kvcomp_recipes(self):
+            return [{"name": "mapped", "budget": 0.3, "scorer": {"use": "random"}, "selector": "top-k"}]
+
+    registry.register(Plugin(), "mapped-plugin")
+    try:
+        assert yaml.safe_load(call("show", "mapped").stdout)["scorer"] == {"use": "random"}
+    finally:
+        registry.unregister("mapped-plugin")
+
+
+def test_an_unknown_recipe_exits_with_2_and_the_nearest_name():
+    result = call("show", "flowm")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "no recipe named 'flowm'. Did you mean 'flowmm'?" in result.stderr
+
+
+def test_check_lists_every_fault_with_its_path(tmp_path):
+    file = tmp_path / "faulty.yaml"
+    file.write_text(
+        "budget: 1.5\n"
+        "policy: {use: flow-guidedd}\n"
+        "matcher: {use: sensitivity-gated, quantil: 0.8}\n"
+        "scorrer: {use: random}\n"
+    )
+    result = process("check", file)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    head, *faults = result.stderr.strip().splitlines()
+    assert head == f"error: {file} has 4 faults:"
+    starts = [fault.strip().split(": ", 1)[0] for fault in faults]
+    assert starts == ["budget", "matcher.quantil", "policy.use", "scorrer"]
+    for hint in ("(0, 1], got 1.5", "'quantile'", "'flow-guided'", "'scorer'"):
+        assert hint in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "readable"), ("a: [", "must be YAML"), ("- flowmm", "must hold a mapping")]
+)
+def test_check_of_a_file_that_holds_no_strategy(tmp_path, content, message):
+    file = tmp_path / "file.yaml"
+    if content is not None:
+        file.write_text(content)
+    result = call("check", file)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert str(file) in result.stderr
+
+
+# --- run ---
+
+
+def test_run_answers_with_images_and_reports_the_cache(vision_model, red):
+    result = call(
+        *("run", "--model", vision_model, "--image", red, "--image", red, "--prompt", "what colour is it ?"),
+        *(
+            "--strategy",
+            "flowmm",
+            "--budget",
+            "0.5",
+            "--set",
+            "policy.threshold=0.9",
+            "--max-new-tokens",
+            "4",
+            "--json",
+        ),
+    )
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["report"]["recipe"] == "flowmm"
+    assert document["report"]["budget"] == "0.5"
+    tokens = document["prompt_tokens"]
+    assert tokens > 8  # four visual tokens per image
+    generated = document["report"]["layers"][0]["tokens"][0] - tokens
+    assert generated == 3  # the last of four is never fed back
+    assert [layer["slots"] for layer in document["report"]["layers"]] == [[tokens // 2 + generated]] * 4
+    assert isinstance(document["answer"], str)
+
+
+def test_run_equals_the_same_call_in_python(vision_model, red, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("scorer: {use: window-attention}\nselector: top-k\n")
+    options = ("--prompt", "what ?", "--image", red, "--max-new-tokens", "5", "--json")
+    written = call("run", "--model", vision_model, "--strategy", file, "--budget", "1.0", *options)
+    full = call("run", "--model", vision_model, "--strategy", "full", *options)
+    assert json.loads(written.stdout)["answer"] == json.loads(full.stdout)["answer"]
+    assert json.loads(written.stdout)["report"]["recipe"] == "mine"
+
+
+def test_run_of_a_text_model_without_a_chat_template(text_model):
+    result = call(
+        *("run", "--model", text_model, "--prompt", "a b c d e f g h i j", "--strategy", "streaming-llm"),
+        *("--budget", "5t", "--max-new-tokens", "3"),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "streaming-llm at budget 5t" in result.stdout
+    assert len(result.stdout.splitlines()[0].split()) <= 3
+
+
+def test_run_warns_where_a_budget_is_ignored(text_model):
+    result = process(
+        *("run", "--model", text_model, "--prompt", "a b c", "--strategy", "full", "--budget", "0.5"),
+        *("--max-new-tokens", "2", "--json"),
+    )
+    assert result.returncode == 0
+    assert "warning: recipe 'full' has no selector, so it keeps everything" in result.stderr
+    assert json.loads(result.stdout)["report"]["recipe"] == "full"
+
+
+def test_a_text_model_takes_no_images(text_model, red):
+    result = call("run", "--model", text_model, "--prompt", "a", "--image", red)
+    assert result.exit_code == 2
+    assert f"{text_model} is a text-only model (llama) and takes no images" in result.stderr
+
+
+def test_a_model_folder_that_does_not_exist(tmp_path):
+    result = process("run", "--model", tmp_path / "none", "--prompt", "hi")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    lines = result.stderr.strip().splitlines()
+    assert lines == [f"error: --model must be a folder or a hub id, and this folder does not exist: {tmp_path}/none"]
+
+
+def test_an_image_that_is_no_image(vision_model, tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    result = call("run", "--model", vision_model, "--prompt", "hi", "--image", tmp_path / "notes.txt")
+    assert result.exit_code == 2
+    assert f"this one is not: {tmp_path / 'notes.txt'}" in result.stderr
+
+
+@pytest.mark.parametrize("budget", ["0", "1.5", "-0.1", "many", "0t"])
+def test_a_budget_that_cannot_be_read_or_is_out_of_range(vision_model, budget):
+    result = call("run", "--model", vision_model, "--prompt", "hi", f"--budget={budget}")
+    assert result.exit_code == 2
+    assert "budget" in result.stderr
+    assert result.stderr.count("error:") == 1
+
+
+def test_overrides_that_name_no_part_or_field(vision_model):
+    result = call(
+        *("run", "--model", vision_model, "--prompt", "hi"),
+        *("--set", "polcy.threshold=0.3", "--set", "policy.treshold=0.3"),
+    )
+    assert result.exit_code == 2
+    assert "Did you mean 'policy'?" in result.stderr
+    assert "Did you mean 'threshold'?" in result.stderr
