@@ -1,17 +1,29 @@
-"""MiniMile: small tasks that this repository renders, and a small checkpoint that was trained on them."""
+"""MiniMile: small tasks that this repository renders, and small checkpoints trained on them. A plugin like any other."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from kvcomp.core.errors import UnknownNameError
+from kvcomp.core.hookspecs import hookimpl
+from kvcomp.core.registry import registry
+from kvcomp.lab.tasks import Task
 from kvcomp.minimile.tasks import TASKS
 
-__all__ = ["TASKS", "checkpoint_folder"]
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+
+
+@hookimpl
+def kvcomp_tasks() -> Sequence[Task]:
+    """Return the tasks."""
+    return TASKS
+
+
+@hookimpl
+def kvcomp_testbeds() -> Sequence[Path]:
+    """Return the checkpoint folders that come with the package."""
+    return sorted(config.parent for config in CHECKPOINTS.glob("*/config.json"))
 
 
 def checkpoint_folder(name: str = "minimile-xs") -> Path:
     """Return the folder of a checkpoint that comes with the package."""
-    folder = Path(__file__).parent / "checkpoints" / name
-    if not folder.is_dir():
-        available = sorted(path.name for path in folder.parent.glob("*/"))
-        raise UnknownNameError(f"no checkpoint named {name!r}. Available: {', '.join(available)}")
+    folder: Path = registry.find("testbed", name).value
     return folder
