@@ -1,5 +1,6 @@
 # Every target sets itself up: `make demo` and `make test` work from a bare clone with Python >= 3.11, pip and make.
 SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -ec
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ ARGS ?=# passed on by demo, test, bench and train
 TORCH_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format lint types docs docs-serve package bench train clean
+.PHONY: help setup demo test test-slow check format lint types docs docs-serve snippets package bench train clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +53,10 @@ docs: setup ## Build the documentation into site/; any warning is an error
 docs-serve: setup ## Serve the documentation while you edit it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
+snippets: setup ## Write the outputs that the documentation shows again
+	@for out in docs/snippets/*.txt; do \
+		$(TORCH_ENV) $(BIN)/python "$${out%.txt}.py" 2>/dev/null | sed 's/ *$$//' > "$$out.new" && mv "$$out.new" "$$out"; done
+
 package: setup ## Build the wheel, install it beside nothing else, and list what it registers
 	rm -rf build/package
 	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w build/package .
@@ -64,7 +69,7 @@ package: setup ## Build the wheel, install it beside nothing else, and list what
 bench: setup ## Measure prefill overhead and decode time against a stock cache
 	$(BIN)/python benchmarks/speed.py $(ARGS)
 
-train: setup ## Train the testbed minimile-xs again (about 100 minutes on two cores)
+train: setup ## Train the testbed minimile-xs again (at most 100 minutes on two cores)
 	$(BIN)/python -m kvcomp.minimile.training --out training-output/minimile-xs $(ARGS)
 
 clean: ## Remove everything that these targets made, .venv included

@@ -18,7 +18,7 @@ for budget in (0.2, {"tokens": 64}, "64t", {"bytes": "32KiB"}, "32KiB"):
 for wrong in (20, 0, "20%"):
     try:
         kvcomp.strategy("snapkv", wrong)
-    except kvcomp.ConfigError as error:
+    except kvcomp.BudgetError as error:
         print(error)
 # --8<-- [end:faults]
 

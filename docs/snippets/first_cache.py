@@ -6,10 +6,10 @@ from kvcomp.core.registry import registry
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 folder = registry.find("testbed", "minimile-xs").value  # a small model that comes with kvcomp
-model = AutoModelForImageTextToText.from_pretrained(folder)
+model = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32")  # a CPU is at its best in float32
 processor = AutoProcessor.from_pretrained(folder)
 
-sample = registry.find("task", "mini/image-recall").value.sample("test", 0)
+sample = registry.find("task", "mini/image-recall").value.sample("test", 2)
 inputs = processor.apply_chat_template(
     [sample.messages()], tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
 )
