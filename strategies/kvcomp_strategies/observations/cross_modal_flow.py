@@ -45,7 +45,8 @@ class CrossModalFlow(Observation, use="cross-modal-flow"):
             return None
         tokens = valid.sum(dim=-1, keepdim=True)  # (batch, 1)
         ranks = self._sampled_ranks(tokens)
-        if not bool(valid.all()):  # padded: some rows may be short enough to be exact
+        # Padded rows may be short enough to be exact. One sync on an accelerator, since it decides a shape.
+        if not bool(valid.all()):
             every = torch.arange(self.exact, device=valid.device)
             all_ranks = torch.where(every < tokens, every, -1)
             ranks = torch.where(tokens <= self.exact, all_ranks, F.pad(ranks, (0, self.exact - self.strata), value=-1))

@@ -1,0 +1,56 @@
+"""From masks over columns to masks over slots."""
+
+import torch
+
+from kvcomp.runtime.masks import over_slots, row_validity, visible, with_mass
+from kvcomp.runtime.slots import SlotTable
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+def _table(columns: list[list[int]], mask: list[list[bool]] | None = None) -> SlotTable:
+    """Return a table of one row with these columns per KV head."""
+    entries = torch.tensor([columns], dtype=torch.int32)
+    filled = None if mask is None else torch.tensor([mask])
+    return SlotTable(entries, entries.clone(), torch.ones(entries.shape), entries.char() * 0, entries[None], filled)
+
+
+def test_the_columns_of_each_heads_slots_are_gathered():
+    mask = torch.tensor([[[[True, False, True, True], [False, True, False, True]]]])
+    slots = over_slots(mask, _table([[0, 3], [1, 2]]), queries=2, seen=2, group=2)
+    assert slots.tolist() == [[[[1, 1], [0, 1]], [[1, 1], [0, 1]], [[0, 1], [1, 0]], [[0, 1], [1, 0]]]]
+
+
+def test_empty_slots_are_hidden_in_bool_and_additive_masks():
+    table = _table([[0, 2], [1, 0]], mask=[[True, True], [True, False]])
+    assert over_slots(torch.ones(1, 1, 1, 3, dtype=torch.bool), table, 1, 2, 1)[0, 1, 0].tolist() == [True, False]
+    assert over_slots(torch.zeros(1, 1, 1, 3), table, 1, 2, 1)[0, 1, 0].tolist() == [0.0, LOWEST]
+    assert over_slots(None, table, 1, 2, 1)[0, :, 0].tolist() == [[True, True], [True, False]]
+
+
+def test_without_a_mask_several_queries_are_causal_by_columns():
+    slots = over_slots(None, _table([[0, 4, 5, 6]]), queries=2, seen=5, group=1)
+    assert slots[0, 0].tolist() == [[True, True, True, False], [True, True, True, True]]
+
+
+def test_one_query_that_sees_every_slot_needs_no_mask():
+    assert over_slots(None, _table([[0, 4]]), queries=1, seen=5, group=4) is None
+
+
+def test_padding_is_read_from_the_last_query():
+    mask = torch.ones(2, 1, 3, 3, dtype=torch.bool).tril()
+    assert row_validity(mask, 2, 3) is None
+    mask[1, :, :, 0] = False
+    assert row_validity(mask, 2, 3).tolist() == [[True, True, True], [False, True, True]]
+    additive = torch.zeros(mask.shape).masked_fill(~mask, LOWEST)
+    assert torch.equal(visible(additive), mask)
+    assert torch.equal(row_validity(additive, 2, 3), row_validity(mask, 2, 3))
+
+
+def test_mass_is_the_logarithm_of_the_count():
+    counts = torch.tensor([[[1.0, 4.0]]])
+    bias = with_mass(None, counts, group=2, dtype=torch.float32)
+    assert torch.allclose(bias, torch.tensor([0.0, 4.0]).clamp(min=1).log().expand(1, 2, 1, 2))
+    hidden = with_mass(torch.tensor([[[[True, False]]]]), counts, 1, torch.float32)
+    assert hidden[0, 0, 0].tolist() == [0.0, LOWEST]
+    assert with_mass(torch.tensor([[[[LOWEST, 0.0]]]]), counts, 1, torch.float32)[0, 0, 0, 0] == LOWEST
