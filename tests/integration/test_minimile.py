@@ -13,7 +13,7 @@ from kvcomp.minimile.evaluation import evaluate, predict
 
 
 def test_an_unknown_checkpoint_is_refused_with_the_names_of_the_known_ones():
-    with pytest.raises(UnknownNameError, match=r"no checkpoint named 'mini'\. Available: minimile-xs"):
+    with pytest.raises(UnknownNameError, match=r"no testbed named 'mini'\. Available: minimile-xs"):
         checkpoint_folder("mini")
 
 
