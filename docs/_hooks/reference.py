@@ -147,6 +147,14 @@ def registered_page() -> Iterator[str]:
             text = "" if isinstance(entry.value, Path | str) else one_line(prose(entry.value))
             yield f"| `{entry.name}` | {entry.package} {entry.version} | {text} |"
         yield ""
+    for entry in registry.entries("testbed"):
+        yield from model_card(Path(entry.value) / "README.md")
+
+
+def model_card(path: Path) -> Iterator[str]:
+    """Return a testbed's card, its headings two levels lower."""
+    if path.is_file():
+        yield from (re.sub(r"^#(?=#* )", "###", line) for line in path.read_text(encoding="utf-8").splitlines())
 
 
 # --- hooks, errors, API, command line ---

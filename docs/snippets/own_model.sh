@@ -17,9 +17,8 @@ cp "$SNIPPETS/my-method.yaml" .
 kvcomp run --model "$model" --image first.png --image second.png --prompt "code of image ?" --budget 0.2
 # --8<-- [end:run]
 # --8<-- [start:options]
-kvcomp run --model "$model" --prompt "code of image ?" --strategy snapkv --budget 16t --max-new-tokens 8
 kvcomp run --model "$model" --prompt "code of image ?" --strategy my-method.yaml --set policy.threshold=0.2
-kvcomp run --model "$model" --prompt "code of image ?" --strategy full --json > answer.json
+kvcomp run --model "$model" --prompt "code of image ?" --strategy snapkv --budget 16t --json > answer.json
 # --8<-- [end:options]
 # --8<-- [start:check]
 kvcomp check my-method.yaml

@@ -51,8 +51,9 @@ def test_snippet_runs_and_prints_what_the_page_shows(script: Path, output):
     printed = output(script)
     shown = script.with_suffix(".txt")
     if shown.exists():
-        assert masked(printed) == masked(shown.read_text())
-        assert numbers(printed) == pytest.approx(numbers(shown.read_text()), rel=0.02)
+        same = masked(printed) == masked(shown.read_text())
+        same = same and numbers(printed) == pytest.approx(numbers(shown.read_text()), rel=0.02)
+        assert same, f"{shown.name} is out of date; look at this output, then run `make snippets`:\n{printed}"
 
 
 @pytest.mark.parametrize("script", sorted(SNIPPETS.glob("*.sh")), ids=lambda path: path.stem)
@@ -79,7 +80,7 @@ def test_pages_include_code_and_never_retype_it(page: Path):
 
 def test_every_snippet_is_shown():
     text = "".join(page.read_text() for page in PAGES)
-    helpers = {"tiny_model.py"}
+    helpers = {"tiny_model.py"}  # imported by snippets
     hidden = [path.name for path in SNIPPETS.iterdir() if path.is_file() and path.name not in text]
     assert sorted(set(hidden) - helpers) == []
 
