@@ -1,4 +1,4 @@
-"""Exact attention rows in blocks: against plain softmax, whatever the mask, the softcap, the sinks and the block size."""
+"""Exact attention rows in blocks: against plain softmax, whatever the mask, softcap, sinks and block size."""
 
 from __future__ import annotations
 

@@ -1,0 +1,117 @@
+"""Write `kept.json` anew: the kept indices of every recipe on one fixed prompt, as the naive oracles find them.
+
+    python tests/golden/rewrite.py
+
+Nothing of kvcomp decides what is expected: the prompt is a formula, the attention and the choice are
+`tests/oracles.py`. The one exception is `random`, whose hash is its definition; it is written out again here, on Python integers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FILE = Path(__file__).with_name("kept.json")
+LENGTHS, KV_HEADS, GROUP, HEAD_DIM = (29, 90), 2, 2, 8
+BUDGETS = ("0.04", "0.2", "0.5", "0.9", "1.0")
+RECIPES = (
+    *("full", "random", "streaming-llm", "h2o", "snapkv"),
+    *("flowmm", "flowmm-misaligned", "flowmm-no-flow", "flowmm-no-gate", "flowmm-no-flow-no-gate"),
+)
+LAYER = 1
+
+
+def wave(heads: int, tokens: int, phase: float) -> Tensor:
+    """`(heads, tokens, head_dim)` float32: numbers without a pattern, the same on every machine."""
+    count = heads * tokens * HEAD_DIM
+    numbers = [math.sin(phase + 12.9898 * place) * 43758.5453 for place in range(count)]
+    flat = torch.tensor([3.0 * (number - math.floor(number)) - 1.5 for number in numbers], dtype=torch.float32)
+    return flat.view(heads, tokens, HEAD_DIM)
+
+
+def prompt(row: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Queries, keys, values and modalities of one row: images of 7 tokens, text of 4 between them."""
+    tokens = LENGTHS[row]
+    queries, keys, values = (
+        wave(heads, tokens, row + step) for heads, step in ((KV_HEADS * GROUP, 0.1), (KV_HEADS, 0.2), (KV_HEADS, 0.3))
+    )
+    return queries, keys, values, [int(place % 11 >= 4 and place < tokens - 6) for place in range(tokens)]
+
+
+def mix(state: int) -> int:
+    state &= 0xFFFFFFFF
+    for _ in range(2):
+        state = ((state >> 16) ^ state) * 0x45D9F3B & 0xFFFFFFFF
+    return (state >> 16) ^ state
+
+
+def random_kept(tokens: int, slots: int, head: int) -> list[int]:
+    import oracles
+
+    stream = mix(head + LAYER * 4096)
+    return oracles.best({place: mix(mix(place ^ stream) ^ stream) for place in range(tokens)}, slots)
+
+
+def expected() -> dict[str, dict[str, list]]:
+    """Recipe, budget: `[row][head]` lists of kept indices; for FlowMM also where each merged token goes, and rho."""
+    import oracles
+
+    table: dict[str, dict[str, list]] = {recipe: {budget: [] for budget in BUDGETS} for recipe in RECIPES}
+    for row in range(len(LENGTHS)):
+        queries, keys, values, modality = prompt(row)
+        attention = [oracles.softmax_attention(queries[h], keys[h // GROUP]) for h in range(len(queries))]
+        rho = oracles.flow_ratio(attention, modality, modality)
+        for budget in BUDGETS:
+            slots = oracles.num_slots(budget, LENGTHS[row])
+            for recipe in RECIPES:
+                heads = [
+                    one_head(
+                        recipe, attention[h * GROUP : (h + 1) * GROUP], keys[h], values[h], modality, slots, rho, h
+                    )
+                    for h in range(KV_HEADS)
+                ]
+                table[recipe][budget].append(heads)
+    return table
+
+
+def one_head(recipe, attention, keys, values, modality, slots, rho, head):  # type: ignore[no-untyped-def]
+    import oracles
+
+    tokens = len(modality)
+    if recipe == "full":
+        return {"kept": list(range(tokens))}
+    if recipe == "random":
+        return {"kept": random_kept(tokens, slots, head)}
+    if recipe == "streaming-llm":
+        return {"kept": oracles.streaming_kept(tokens, slots)}
+    if recipe == "h2o":
+        return {"kept": oracles.h2o_kept(attention, slots)}
+    if recipe == "snapkv":
+        return {"kept": oracles.snapkv_kept(attention, slots)}
+    options = {
+        "threshold": None if "no-flow" in recipe else 0.25,
+        "share": None if "no-gate" in recipe else 0.8,
+        "misaligned": "misaligned" in recipe,
+    }
+    merged = oracles.flowmm(attention, keys, values, modality, slots, rho=rho, **options)
+    return {"kept": merged.kept, "edges": [[source, pivot] for source, pivot in sorted(merged.edges.items())]}
+
+
+def dumped(table: dict) -> str:
+    """One line per recipe and budget, so that a change is a readable diff."""
+    recipes = []
+    for recipe, budgets in table.items():
+        rows = [f'  "{budget}": {json.dumps(heads, separators=(",", ":"))}' for budget, heads in budgets.items()]
+        recipes.append(f'"{recipe}": {{\n' + ",\n".join(rows) + "\n}")
+    return "{\n" + ",\n".join(recipes) + "\n}\n"
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(FILE.parents[1]))
+    FILE.write_text(dumped(expected()), encoding="utf-8")
+    print(f"wrote {FILE}")

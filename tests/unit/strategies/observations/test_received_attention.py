@@ -1,0 +1,30 @@
+"""Column sums."""
+
+import torch
+from kvcomp_strategies.observations.received_attention import ReceivedSums
+
+from kvcomp import AttentionBlock
+
+
+def block(*rows: list[float]) -> AttentionBlock:
+    probs = torch.tensor(rows)[None, None]
+    nothing = torch.zeros(1, len(rows), dtype=torch.long)
+    return AttentionBlock(probs, nothing, nothing, nothing.bool(), nothing, nothing.bool())
+
+
+def test_columns_are_summed_over_blocks() -> None:
+    sums = ReceivedSums()
+    state = sums.update(sums.update(None, block([1.0, 0.0], [0.25, 0.75])), block([0.5, 0.5]))
+    assert sums.result(state).tolist() == [[[1.75, 1.25]]]
+
+
+def test_a_state_is_not_changed_by_the_next_block() -> None:
+    sums = ReceivedSums()
+    before = sums.update(None, block([1.0, 0.0]))
+    sums.update(before, block([1.0, 0.0]))
+    assert before.tolist() == [[[1.0, 0.0]]]
+
+
+def test_all_rows_are_needed_and_sums_are_carried_to_later_turns() -> None:
+    assert ReceivedSums().rows(torch.ones(1, 9, dtype=torch.bool)) is None
+    assert ReceivedSums.carried
