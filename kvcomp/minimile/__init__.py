@@ -1,4 +1,4 @@
-"""MiniMile: small tasks that this repository renders, and small checkpoints trained on them. A plugin like any other."""
+"""MiniMile: small tasks that this repository renders, and checkpoints trained on them. A plugin like any other."""
 
 from collections.abc import Sequence
 from pathlib import Path
