@@ -52,14 +52,17 @@ class AttentionInputs:
 def observe(inputs: AttentionInputs, observations: Iterable[Observation]) -> dict[Observation, Tensor]:
     """Return the result of each observation. Those that need all rows share one pass.
 
-    Memory beyond the inputs is one block of rows and the states; at most a float32 copy of the keys.
+    Memory beyond the inputs is one block of rows and the states; a float32 copy of the keys.
     """
+    observations = tuple(dict.fromkeys(observations))
+    if not observations:
+        return {}
     passes: dict[Observation | None, tuple[Tensor | None, list[Observation]]] = {}
-    for observation in dict.fromkeys(observations):
+    for observation in observations:
         rows = observation.rows(inputs.query_valid)
         passes.setdefault(None if rows is None else observation, (rows, []))[1].append(observation)
     results: dict[Observation, Tensor] = {}
-    keys = inputs.keys.float() if passes else inputs.keys
+    keys = inputs.keys.float().transpose(-1, -2).contiguous()  # (batch, kv_heads, head_dim, tokens): a faster product
     for rows, members in passes.values():
         states: dict[Observation, Any] = dict.fromkeys(members)
         for block in _blocks(inputs, keys, rows):
@@ -71,7 +74,7 @@ def observe(inputs: AttentionInputs, observations: Iterable[Observation]) -> dic
 
 def _blocks(inputs: AttentionInputs, keys: Tensor, rows: Tensor | None) -> Iterator[AttentionBlock]:
     batch, heads, queries, _ = inputs.queries.shape
-    tokens = keys.shape[2]
+    tokens = keys.shape[3]
     wanted = torch.arange(queries, device=keys.device).expand(batch, queries) if rows is None else rows
     elements = BLOCK_ELEMENTS if keys.device.type == "cpu" else BLOCK_ELEMENTS_ACCELERATOR
     size = max(1, elements // (batch * heads * tokens))
@@ -82,7 +85,7 @@ def _blocks(inputs: AttentionInputs, keys: Tensor, rows: Tensor | None) -> Itera
         seen = tokens
         if rows is None and inputs.mask is None:  # causal: the new tokens are the last of the keys, in order
             seen = tokens - queries + min(start + size, queries)
-        probs = _probabilities(inputs, keys[:, :, :seen], queried).masked_fill_(~valid[:, None, :, None], 0.0)
+        probs = _probabilities(inputs, keys[..., :seen], queried).masked_fill_(~valid[:, None, :, None], 0.0)
         yield AttentionBlock(
             probs=F.pad(probs, (0, tokens - seen)) if seen < tokens else probs,
             rows=chunk,
@@ -94,11 +97,17 @@ def _blocks(inputs: AttentionInputs, keys: Tensor, rows: Tensor | None) -> Itera
 
 
 def _probabilities(inputs: AttentionInputs, keys: Tensor, rows: Tensor) -> Tensor:
-    """Return the softmax of these query rows over the given first keys, `(batch, heads, rows, keys)` float32."""
-    index = rows[:, None, :, None].expand(-1, inputs.queries.shape[1], -1, keys.shape[-1])
+    """Return the softmax of these query rows over the first keys, `(batch, heads, rows, keys)` float32.
+
+    Args:
+        inputs: what the attention saw.
+        keys: the first keys, transposed, `(batch, kv_heads, head_dim, keys)` float32.
+        rows: `(batch, rows)`, which queries.
+    """
+    index = rows[:, None, :, None].expand(-1, inputs.queries.shape[1], -1, keys.shape[2])
     queries = inputs.queries.gather(2, index).float() * inputs.scaling
     grouped = rearrange(queries, "b (kv group) rows d -> b kv (group rows) d", kv=keys.shape[1])
-    logits = grouped @ keys.transpose(-1, -2)
+    logits = grouped @ keys
     logits = rearrange(logits, "b kv (group rows) keys -> b (kv group) rows keys", rows=rows.shape[1])
     if inputs.softcap is not None:
         logits = inputs.softcap * torch.tanh(logits / inputs.softcap)

@@ -82,10 +82,11 @@ class Budget:
             return cls(bytes=_parse_bytes(value["bytes"]))
         raise BudgetError(f"a budget must be {SPELLINGS}; got {dict(value)!r}")
 
-    def dump(self) -> float | dict[str, int]:
+    def dump(self) -> float | str | dict[str, int]:
         """Return the form that a strategy file holds; `Budget.parse` reads it back."""
         if self.ratio is not None:
-            return float(self.ratio)
+            decimal = float(self.ratio)
+            return decimal if Fraction(str(decimal)) == self.ratio else str(self.ratio)
         return {"tokens": self.tokens} if self.tokens is not None else {"bytes": self.bytes or 0}
 
     def __str__(self) -> str:

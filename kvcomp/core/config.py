@@ -52,7 +52,7 @@ def strategy(
     """
     document, label = _document(source)
     faults: list[str] = []
-    document = _with_base(document, faults)
+    document = _with_base(document, faults, ())
     if budget is not None:
         document["budget"] = Budget.parse(budget)
     for path, value in overrides.items():
@@ -89,21 +89,30 @@ def _document(source: Strategy | str | Path | Mapping[str, Any]) -> tuple[dict[s
         return source.dump(), f"strategy {source.name!r}"
     if isinstance(source, Mapping):
         return dict(source), f"strategy {source.get('name', 'custom')!r}"
+    if not isinstance(source, str | Path):
+        raise InputError(f"a strategy must be a recipe name, a path, a mapping or a Strategy, got {source!r}")
     if isinstance(source, Path) or source.endswith((".yaml", ".yml")):
         return {"name": Path(source).stem} | load_document(Path(source)), str(source)
     return recipe_document(source), f"recipe {source!r}"
 
 
-def _with_base(document: dict[str, Any], faults: list[str]) -> dict[str, Any]:
-    """Return the document with `{base: NAME, set: {...}}` resolved: the base's parts, changed by the overrides in
-    `set`.
+def _with_base(document: dict[str, Any], faults: list[str], above: tuple[str, ...]) -> dict[str, Any]:
+    """Return the document with `{base: NAME, set: {...}}` resolved: the base, changed by the overrides in `set`.
+
+    Args:
+        document: what its author wrote.
+        faults: where faults are added.
+        above: the bases that led here.
     """
     if "base" not in document:
         return dict(document)
     own = dict(document)
-    base, changes = own.pop("base"), own.pop("set", {})
+    base, changes = str(own.pop("base")), own.pop("set", {})
+    if base in above:
+        faults.append(f"base: {' -> '.join((*above, base))} goes in a circle")
+        return own
     try:
-        merged = _with_base(recipe_document(str(base)), faults)
+        merged = _with_base(recipe_document(base), faults, (*above, base))
     except UnknownNameError as error:
         faults.append(f"base: {error}")
         return own
@@ -185,4 +194,14 @@ def _fault(kind: str, part_class: type[Part], detail: dict[str, Any]) -> str:
         field = str(detail["loc"][-1])
         return f"{path}: {part_class.use!r} has no field {field!r}. {suggest(field, part_class.model_fields)}"
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if detail["type"] in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
+        message = _range(part_class, str(detail["loc"][0]))
     return f"{path}: {message}, got {detail['input']!r}"
+
+
+def _range(part_class: type[Part], field: str) -> str:
+    """Return what a numeric field must be, as an interval."""
+    bounds = {type(bound).__name__.lower(): bound for bound in part_class.model_fields[field].metadata}
+    low = f"[{bounds['ge'].ge:g}" if "ge" in bounds else f"({bounds['gt'].gt:g}" if "gt" in bounds else "(-inf"
+    high = f"{bounds['le'].le:g}]" if "le" in bounds else f"{bounds['lt'].lt:g})" if "lt" in bounds else "inf)"
+    return f"must be in {low}, {high}"

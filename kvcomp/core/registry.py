@@ -62,8 +62,7 @@ class Registry:
         """Add a plugin by hand: a module or any object with hook implementations."""
         with self._lock:
             self._load_entry_points()
-            self._manager.register(plugin, name=name)
-            self._manager.check_pending()
+            self._add(plugin, name)
             self._origins[name] = Origin(package, version)
             self._entries = None
 
@@ -97,6 +96,15 @@ class Registry:
             raise UnknownNameError(f"no {kind} named {name!r}. {suggest(name, entries)}")
         return entries[name]
 
+    def _add(self, plugin: object, name: str) -> None:
+        """Register a plugin, or leave no trace of it where one of its hooks does not exist."""
+        self._manager.register(plugin, name=name)
+        try:
+            self._manager.check_pending()
+        except Exception:
+            self._manager.unregister(name=name)
+            raise
+
     def _load_entry_points(self) -> None:
         if self._loaded:
             return
@@ -104,12 +112,9 @@ class Registry:
         for point in self._discover():
             origin = Origin(point.dist.name, point.dist.version) if point.dist else Origin(point.module, "0")
             try:
-                self._manager.register(point.load(), name=point.name)
-                self._manager.check_pending()
+                self._add(point.load(), point.name)
             except Exception as error:
                 _warn(f"plugin {point.name!r} of {origin.package} {origin.version} failed to load", error)
-                if self._manager.has_plugin(point.name):
-                    self._manager.unregister(name=point.name)
             else:
                 self._origins[point.name] = origin
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import warnings
 import weakref
@@ -190,21 +191,28 @@ def _check_base(base: str) -> None:
         )
 
 
-def _cache_in(kwargs: dict[str, Any]) -> CompressedCache | None:
-    cache = kwargs.get("past_key_values")
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return what a forward was called with, positional arguments under their names."""
+    return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs} if args else kwargs
+
+
+def _cache_in(inputs: dict[str, Any]) -> CompressedCache | None:
+    cache = inputs.get("past_key_values")
     return cache if isinstance(cache, CompressedCache) else None
 
 
 def _note_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if cache := _cache_in(kwargs):
-        cache.note_inputs({"input_ids": args[0], **kwargs} if args else kwargs)
+    inputs = _named(module, args, kwargs)
+    if cache := _cache_in(inputs):
+        cache.note_inputs(inputs)
 
 
 def _note_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if cache := _cache_in(kwargs):
-        cache.note_positions(kwargs.get("position_ids"))
+    inputs = _named(module, args, kwargs)
+    if cache := _cache_in(inputs):
+        cache.note_positions(inputs.get("position_ids"))
 
 
 def _end_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    if cache := _cache_in(kwargs):
+    if cache := _cache_in(_named(module, args, kwargs)):
         cache.forward_ended()

@@ -94,3 +94,11 @@ def test_the_full_keys_of_a_layer_are_freed_when_it_is_compressed():
     with kvcomp.compress(model, "flowmm", budget=0.1) as cache, torch.no_grad():
         model(**inputs, past_key_values=cache)
         assert all(layer.storage.nbytes() == 2 * 2 * 200 * 16 * 4 for layer in cache.layers)
+
+
+def test_arguments_may_be_positional():
+    model, inputs = tiny_qwen_vl(), image_inputs()
+    by_name = {"pixel_values": inputs["pixel_values"], "image_grid_thw": inputs["image_grid_thw"]}
+    with kvcomp.compress(model, "flowmm", budget=0.3) as cache, torch.no_grad():
+        model(inputs["input_ids"], inputs["attention_mask"], None, cache, **by_name)
+    assert cache.report().layers[0].rho[0] > 0

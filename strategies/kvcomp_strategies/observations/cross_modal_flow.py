@@ -12,7 +12,7 @@ from torch import Tensor
 from kvcomp.core.interfaces import Observation
 from kvcomp.core.types import AttentionBlock, Modality
 
-Flow = tuple[Tensor, Tensor]  # attention to other modalities (batch, heads), number of rows (batch, 1)
+Flow = tuple[Tensor, Tensor]  # attention to other modalities, and to all tokens, each (batch, heads)
 
 
 class CrossModalFlow(Observation, use="cross-modal-flow"):
@@ -63,17 +63,19 @@ class CrossModalFlow(Observation, use="cross-modal-flow"):
 
     def update(self, state: Flow | None, block: AttentionBlock) -> Flow:
         """Return the flow with the block's rows added."""
-        foreign = F.one_hot(block.modality.long(), len(Modality)) == 0  # (batch, kv_heads, tokens, modalities)
-        foreign = (foreign & block.valid[..., None]).to(block.probs.dtype)
+        modalities = torch.arange(-1, len(Modality), device=block.modality.device)[
+            :, None
+        ]  # all keys are foreign to -1
+        foreign = (block.modality[:, :, None] != modalities) & block.valid[:, :, None]
+        foreign = foreign.to(block.probs.dtype)  # (batch, kv_heads, 1 + modalities, tokens)
         batch, heads, rows, tokens = block.probs.shape
         grouped = block.probs.view(batch, foreign.shape[1], -1, tokens)  # query heads of a group one after another
-        flow = (grouped @ foreign).view(batch, heads, rows, -1)
-        own = block.row_modality.long()[:, None, :, None].expand(-1, heads, -1, 1)
-        crossing = flow.gather(3, own).squeeze(3).sum(dim=2)
-        count = block.row_valid.sum(dim=-1, keepdim=True)
-        return (crossing, count) if state is None else (state[0] + crossing, state[1] + count)
+        flow = (grouped @ foreign.transpose(-1, -2)).view(batch, heads, rows, -1)
+        other = block.row_modality.long()[:, None, :, None].expand(-1, heads, -1, 1) + 1
+        crossing, total = flow.gather(3, other).sum(dim=(2, 3)), flow[..., 0].sum(dim=2)
+        return (crossing, total) if state is None else (state[0] + crossing, state[1] + total)
 
     def result(self, state: Flow) -> Tensor:
         """Return the share of attention that crosses modalities, per query head."""
-        crossing, count = state
-        return crossing / count.clamp(min=1)
+        crossing, total = state
+        return crossing / total.clamp(min=torch.finfo(total.dtype).tiny)
