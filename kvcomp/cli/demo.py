@@ -26,7 +26,9 @@ from kvcomp.lab.threads import torch_threads
 TESTBED = "minimile-xs"
 REFERENCE = "full"
 BUDGETS = (1.0, 0.2, 0.1)
-SAMPLES = 30  # per task; measured: see the running time in the report's footer
+SAMPLES = 30
+LEAST_SAMPLES = 10
+ANSWERS = 2600  # what one core answers in some 80 s: with more recipes installed there are fewer samples of each task
 
 
 def demo(
@@ -34,7 +36,9 @@ def demo(
         "demo-output"
     ),
     as_json: Annotated[bool, typer.Option("--json", help="Write results.json's document to stdout.")] = False,
-    samples: Annotated[int, typer.Option(min=1, help="Questions per task.")] = SAMPLES,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help=f"Questions per task; {SAMPLES}, or fewer where there are many recipes.")
+    ] = None,
     recipe: Annotated[list[str] | None, typer.Option(help="Only this recipe; repeat it for several.")] = None,
     testbed: Annotated[str, typer.Option(help="Name of the testbed that answers.")] = TESTBED,
 ) -> None:
@@ -49,19 +53,25 @@ def demo(
         emit_summary(document, out)
 
 
-def compare(recipes: Sequence[str] | None, testbed: str, samples: int) -> Document:
+def compare(recipes: Sequence[str] | None, testbed: str, samples: int | None) -> Document:
     """Return the document of the comparison of the chosen recipes."""
     started = time.monotonic()
-    comparison = Comparison(
-        load_testbed(Path(registry.find("testbed", testbed).value)),
-        tasks_beside(testbed),
-        grid(recipe_names(recipes), BUDGETS),
-        samples=samples,
-        timed=min(samples, 2),
-    )
+    strategies, tasks = grid(recipe_names(recipes), BUDGETS), tasks_beside(testbed)
+    samples = samples or sample_count(len(strategies) * len(tasks))
+    bed = load_testbed(Path(registry.find("testbed", testbed).value))
+    comparison = Comparison(bed, tasks, strategies, samples=samples, timed=min(samples, 2))
     with progress("demo", comparison.steps) as advance:
         results = comparison.run(advance)
     return make_document(comparison, results, time.monotonic() - started)
+
+
+def sample_count(answers: int) -> int:
+    """Return how many samples per task keep the demo within its time, given the answers that one of each takes.
+
+    >>> sample_count(84), sample_count(130), sample_count(1000)
+    (30, 20, 10)
+    """
+    return max(LEAST_SAMPLES, min(SAMPLES, ANSWERS // answers))
 
 
 def recipe_names(chosen: Sequence[str] | None) -> list[str]:

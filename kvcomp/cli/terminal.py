@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-PLAIN_SECONDS = 5.0  # between two lines of progress where stderr is no terminal
+PLAIN_SECONDS = 10.0  # between two lines of progress where stderr is no terminal
 
 Advance = Callable[[str], None]
 

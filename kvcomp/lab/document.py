@@ -19,7 +19,8 @@ PACKAGES = ("kvcomp", "torch", "transformers")
 FIELDS = {
     "exact_match": "share of the answers that are right to the last token; ci is its Wilson 95 % interval",
     "kv_bytes": "bytes of keys and values in the cache once the prompt is compressed, mean per sample",
-    "decode_ratio": "median seconds per decoded token at batch size 1, relative to the first row's recipe",
+    "decode_ratio": "median time per decoded token at batch size 1 (CPU time of its thread, on a CPU), relative to "
+    "the first row's recipe",
     "rho": "per layer, share of attention that crosses modalities, mean over samples; null where not measured",
 }
 
@@ -108,7 +109,7 @@ def verdict(document: Document) -> str:
         return "No recipe was run at budget 1.0."
     if not different:
         return (
-            f"At budget 1.0 every recipe ({len(whole)}) gave the answers of '{reference['recipe']}': "
+            f"At budget 1.0 every other recipe ({len(whole)}) gave the answers of '{reference['recipe']}': "
             f"{reference['samples']} of {reference['samples']}."
         )
     cases = ", ".join(f"{entry['recipe']} {entry['samples'] - entry['same']}" for entry in different)

@@ -125,7 +125,7 @@ def test_the_summary_has_a_line_per_recipe_and_budget(bench, tmp_path):
         ["full", "1.0"],
         *(["streaming-llm", b] for b in ("1.0", "0.2", "0.1")),
     ]
-    assert "At budget 1.0 every recipe (1) gave the answers of 'full': 2 of 2." in result.stdout
+    assert "At budget 1.0 every other recipe (1) gave the answers of 'full': 2 of 2." in result.stdout
     assert str(tmp_path / "report.html") in result.stdout
 
 

@@ -26,14 +26,14 @@ def test_json_is_one_document_and_refuses_nan(capsys):
 
 
 def test_progress_writes_lines_to_stderr_and_only_now_and_then(capsys, monkeypatch):
-    clock = iter([0.0, 1.0, 6.0, 7.0])
+    clock = iter([0.0, 1.0, 11.0, 12.0])
     monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
     with progress("demo", 3) as advance:
         for step in ("one", "two", "three"):
             advance(step)
     streams = capsys.readouterr()
     assert streams.out == ""
-    assert streams.err == "demo: 2 of 3, 6 s, two\n"
+    assert streams.err == "demo: 2 of 3, 11 s, two\n"
 
 
 def test_progress_is_a_bar_on_a_terminal(monkeypatch, capsys):

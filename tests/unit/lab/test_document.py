@@ -28,7 +28,7 @@ def test_rho_and_its_threshold_come_from_the_recipes_that_measure_it(document):
 def test_the_verdict_counts_the_answers_that_differ_at_budget_1(document):
     assert verdict(document) == "At budget 1.0 some answers differ from 'full' (of 8): bad 3."
     document["agreement"][1]["same"] = 8
-    assert verdict(document) == "At budget 1.0 every recipe (2) gave the answers of 'full': 8 of 8."
+    assert verdict(document) == "At budget 1.0 every other recipe (2) gave the answers of 'full': 8 of 8."
 
 
 def test_a_document_is_json_and_says_how_it_was_made(bed, echo):
