@@ -1,6 +1,4 @@
 # Every target sets itself up: `make demo` and `make test` work from a bare clone with Python >= 3.11, pip and make.
-SHELL := /bin/bash
-.SHELLFLAGS := -o pipefail -ec
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -54,8 +52,9 @@ docs-serve: setup ## Serve the documentation while you edit it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 snippets: setup ## Write the outputs that the documentation shows again
-	@for out in docs/snippets/*.txt; do \
-		$(TORCH_ENV) $(BIN)/python "$${out%.txt}.py" 2>/dev/null | sed 's/ *$$//' > "$$out.new" && mv "$$out.new" "$$out"; done
+	@set -e; for out in docs/snippets/*.txt; do \
+		$(TORCH_ENV) $(BIN)/python "$${out%.txt}.py" > $(VENV)/snippet.txt; \
+		sed 's/ *$$//' $(VENV)/snippet.txt > "$$out"; done
 
 package: setup ## Build the wheel, install it beside nothing else, and list what it registers
 	rm -rf build/package
