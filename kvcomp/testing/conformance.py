@@ -19,7 +19,7 @@ from kvcomp.testing.promises import PROMISES
 from kvcomp.testing.promises.parts import PART_PROMISES
 from kvcomp.testing.samples import Sample, make_sample
 
-BUDGETS = (0.2, 0.55, 1.0, "1t")
+BUDGETS = (0.2, 0.55, 1.0)
 ROUND_TRIP = "round-trip"
 NEEDS_DISTINCT = frozenset({"row-alone", "permuted-rows", "permuted-heads"})  # rounding decides between equal scores
 

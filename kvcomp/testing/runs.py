@@ -57,10 +57,11 @@ class Run:
         """Return the weight of each edge, `(batch, kv_heads, tokens, slots)` float64, 0 where there is none."""
         assignment, slots = self.assignment, self.pivots.indices.shape[2]
         table = torch.zeros(*self.view.shape, slots, dtype=torch.float64)
-        for batch, head, other, edge in (assignment.targets >= 0).nonzero().tolist():
-            source = int(assignment.sources[batch, head, other])
-            target = int(assignment.targets[batch, head, other, edge])
-            table[batch, head, source, target] += float(assignment.weights[batch, head, other, edge])
+        batch, head, other, edge = (assignment.targets >= 0).nonzero(as_tuple=True)
+        sources = assignment.sources[batch, head, other]
+        targets = assignment.targets[batch, head, other, edge]
+        weights = assignment.weights[batch, head, other, edge].double()
+        table.index_put_((batch, head, sources, targets), weights, accumulate=True)
         return table
 
 

@@ -3,7 +3,8 @@
     python tests/golden/rewrite.py
 
 Nothing of kvcomp decides what is expected: the prompt is a formula, the attention and the choice are
-`tests/oracles.py`. The one exception is `random`, whose hash is its definition; it is written out again here, on Python integers.
+`tests/oracles.py`. The one exception is `random`, whose hash is its definition; it is written out again here, on
+Python integers.
 """
 
 from __future__ import annotations

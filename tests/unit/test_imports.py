@@ -114,7 +114,7 @@ print("pure")
 
 def test_importing_kvcomp_changes_nothing_and_loads_no_plugin() -> None:
     code = """
-import torch, random, warnings, transformers
+import random, warnings, rich.console, torch, transformers  # rich draws a random number when it is imported
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
 before = torch.initial_seed(), torch.get_default_dtype(), torch.get_num_threads(), len(warnings.filters)
 names, state = sorted(functions.keys()), random.getstate()
