@@ -40,6 +40,8 @@ class Budget:
     def __post_init__(self) -> None:
         if sum(field is not None for field in (self.ratio, self.tokens, self.bytes)) != 1:
             raise BudgetError(f"a budget must be exactly one of: {SPELLINGS}")
+        if isinstance(self.ratio, float | int):
+            object.__setattr__(self, "ratio", Fraction(str(self.ratio)))
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise BudgetError(
                 f"a bare budget is a ratio in (0, 1], got {float(self.ratio):g}; write one of: {SPELLINGS}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -54,7 +54,7 @@ class Registry:
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
         self._origins: dict[str, Origin] = {}
-        self._entries: tuple[Entry, ...] | None = None
+        self._entries: list[Entry] | None = None
         self._loaded = False
         self._lock = threading.RLock()
 
@@ -82,8 +82,8 @@ class Registry:
         with self._lock:
             if self._entries is None:
                 self._load_entry_points()
-                self._entries = _without_clashes(self._collect())
-            return tuple(entry for entry in self._entries if kind in (None, entry.kind))
+                self._entries = sorted(self._collect(), key=lambda entry: (entry.kind, entry.name))
+            return _without_clashes(entry for entry in self._entries if kind in (None, entry.kind))
 
     def find(self, kind: str, name: str) -> Entry:
         """Return the entry of this kind and name.
@@ -153,7 +153,7 @@ def _recipe_key(recipe: Path | dict[str, Any]) -> tuple[str, str]:
     return "recipe", recipe["name"] if isinstance(recipe, dict) else Path(recipe).stem
 
 
-def _without_clashes(entries: Iterator[Entry]) -> tuple[Entry, ...]:
+def _without_clashes(entries: Iterable[Entry]) -> tuple[Entry, ...]:
     known: dict[tuple[str, str], Entry] = {}
     for entry in entries:
         other = known.setdefault((entry.kind, entry.name), entry)
@@ -162,7 +162,7 @@ def _without_clashes(entries: Iterator[Entry]) -> tuple[Entry, ...]:
                 f"two plugins claim the {entry.kind} name {entry.name!r}: {other.package} {other.version} and "
                 f"{entry.package} {entry.version}; uninstall one or ask its author to rename"
             )
-    return tuple(sorted(known.values(), key=lambda entry: (entry.kind, entry.name)))
+    return tuple(known.values())
 
 
 registry = Registry()
