@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -18,7 +19,7 @@ from transformers import (
 
 from kvcomp.core.errors import InputError
 
-FAILURES = (OSError, ValueError, ImportError, KeyError)
+FAILURES = (OSError, ValueError, ImportError, KeyError, SafetensorError)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -231,6 +232,16 @@ def test_a_model_folder_that_does_not_exist(tmp_path):
     assert result.stdout == ""
     lines = result.stderr.strip().splitlines()
     assert lines == [f"error: --model must be a folder or a hub id, and this folder does not exist: {tmp_path}/none"]
+
+
+def test_weights_that_are_cut_short(text_model, tmp_path):
+    folder = tmp_path / "cut"
+    shutil.copytree(text_model, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    result = call("run", "--model", folder, "--prompt", "a")
+    assert result.exit_code == 2
+    assert f"the model in {folder} cannot be loaded" in result.stderr
 
 
 def test_an_image_that_is_no_image(vision_model, tmp_path):

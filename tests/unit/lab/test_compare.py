@@ -1,7 +1,7 @@
 """The comparison on a tiny random model: what is run, and what its rows say."""
 
 import kvcomp
-from kvcomp.lab import Comparison, grid
+from kvcomp.lab import Comparison, compare, grid
 from kvcomp.lab.statistics import wilson
 
 
@@ -42,6 +42,15 @@ def test_at_budget_1_every_recipe_agrees_with_the_full_cache_in_padded_batches(b
     assert [(entry.recipe, entry.same, entry.samples) for entry in found.agreement] == [
         (made.name, 4, 4) for made in strategies
     ]
+
+
+def test_the_decode_ratio_is_the_median_over_the_reference_median_of_the_same_task(bed, echo, monkeypatch):
+    times = iter([[[2.0, 2.0, 9.0], [3.0, 1.0, 1.0]], [[1.0, 1.0, 1.0], [4.0, 4.0, 0.0]]])
+    monkeypatch.setattr(compare, "decode_seconds", lambda *given: next(times))
+    strategies = grid(["full", "random"], [0.5])
+    found = Comparison(bed, [echo("one"), echo("two")], strategies, samples=1, timed=1).run()
+    ratios = {(row.recipe, row.task): row.decode_ratio for row in found.rows}
+    assert ratios == {("full", "one"): 1.0, ("full", "two"): 1.0, ("random", "one"): 0.5, ("random", "two"): 4.0}
 
 
 def test_exact_match_counts_right_answers_of_every_task(bed, echo):

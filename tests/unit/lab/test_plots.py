@@ -36,7 +36,7 @@ def test_the_svg_takes_its_ink_from_the_page_and_keeps_dollars(document):
     svg = to_svg(document)
     assert svg.startswith("<svg")
     assert "currentColor" in svg
-    assert "$bad$" in svg
+    assert ">$bad$</text>" in svg
 
 
 def test_one_recipe_without_rho_or_times_can_be_drawn(document):
