@@ -34,8 +34,8 @@ def merged_counts(layer: LayerView, pivots: Pivots, assignment: Assignment) -> T
 def blend(vectors: Tensor, pivots: Pivots, assignment: Assignment, own: Tensor, shared: Tensor) -> Tensor:
     """Return `own[j] * pivot_j + sum over edges i -> j of shared[j] * weight * source_i`, in float32.
 
-    Factors are applied before the sum, so that a convex combination of finite vectors stays finite. A slot without
-    edges keeps its pivot's bits.
+    Factors are applied before the sum, so that a convex combination of finite vectors stays finite. A slot without edges
+    has an own factor of 1 and keeps its pivot's bits.
 
     Args:
         vectors: keys or values, `(batch, kv_heads, tokens, head_dim)`.
@@ -53,5 +53,4 @@ def blend(vectors: Tensor, pivots: Pivots, assignment: Assignment, own: Tensor, 
         factor = weights * shared.gather(2, targets.clamp(min=0))
         rows = (targets.clamp(min=0) + base).flatten()
         flat.index_add_(0, rows, (sources * factor[..., None]).flatten(0, 2).float())
-    touched = received_weight(assignment, kept.shape[2]) > 0
-    return torch.where(touched[..., None], blended, kept.float())
+    return blended
