@@ -44,7 +44,8 @@ def require_same(one: Tensor, other: Tensor, seen: str) -> None:
     """Raise a `ConformanceError` unless two tensors have the same type, shape and bits."""
     require(one.dtype == other.dtype, f"{seen}: {one.dtype} became {other.dtype}")
     require(one.shape == other.shape, f"{seen}: shape {tuple(one.shape)} became {tuple(other.shape)}")
-    require_all((one == other) | (one.isnan() & other.isnan()), seen)
+    same = (one == other) | (one.isnan() & other.isnan())
+    require_all(same & (one.signbit() == other.signbit()) if one.is_floating_point() else same, seen)
 
 
 def require_close(one: Tensor, other: Tensor, tolerance: float, seen: str) -> None:

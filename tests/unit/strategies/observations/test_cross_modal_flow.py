@@ -65,3 +65,14 @@ def test_padded_rows_that_are_short_enough_are_exact() -> None:
     assert 0 <= first[0] < 4 <= first[1] < 8
     assert first[2:] == [-1, -1]
     assert second == [5, 6, 7, -1]
+
+
+def test_sampled_rows_are_seeded_and_have_no_stride() -> None:
+    """A fixed stride would alias with the period of the image layout."""
+    valid = torch.ones(1, 4096, dtype=torch.bool)
+    one, again, other = (CrossModalFlow(seed=seed).rows(valid) for seed in (0, 0, 1))
+    assert one is not None
+    assert other is not None
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert (one % 32).unique().numel() > 20
