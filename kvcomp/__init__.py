@@ -48,7 +48,8 @@ from kvcomp.core.types import (
 from kvcomp.runtime.adapter import ModelAdapter
 from kvcomp.runtime.cache import CompressedCache
 from kvcomp.runtime.report import LayerReport, Report
-from kvcomp.runtime.session import Session, attach, compress
+from kvcomp.runtime.session import Session, attach, compress, load_cache
+from kvcomp.runtime.snapshots import Snapshot
 from kvcomp.version import __version__
 
 __all__ = [
@@ -84,6 +85,7 @@ __all__ = [
     "Scores",
     "Session",
     "SlotStorage",
+    "Snapshot",
     "Store",
     "Strategy",
     "UnknownNameError",
@@ -94,5 +96,6 @@ __all__ = [
     "attach",
     "compress",
     "hookimpl",
+    "load_cache",
     "strategy",
 ]

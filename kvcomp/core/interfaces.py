@@ -180,6 +180,14 @@ class SlotStorage(ABC):
     def nbytes(self) -> int:
         """Return the bytes of all storages held, filled or not, read from the storages."""
 
+    @abstractmethod
+    def snapshot(self) -> Any:
+        """Return what `restore` needs to hold these slots again, sharing their memory: later appends leave it alone."""
+
+    @abstractmethod
+    def restore(self, snapshot: Any) -> None:
+        """Hold the slots of a snapshot, which can be restored any number of times."""
+
 
 class Store(Part):
     """Says how a layer's slots are held in memory."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from kvcomp.core.errors import UnsupportedModelError, UnsupportedUseError
@@ -14,12 +15,8 @@ from kvcomp.core.types import LayerView, Scores
 from kvcomp.runtime.adapter import ModelAdapter
 from kvcomp.runtime.layer import CompressedCacheLayer
 from kvcomp.runtime.report import Report, report_layer, storage_bytes
-
-
-class Lease:
-    """Says whether the model still runs the attention function that a cache needs."""
-
-    active = True
+from kvcomp.runtime.snapshots import Snapshot
+from kvcomp.runtime.turns import next_turn_arguments
 
 
 class CompressedCache(Cache):
@@ -32,7 +29,7 @@ class CompressedCache(Cache):
         strategy: what to keep.
         config: the model's configuration.
         adapter: knows which tokens are what.
-        lease: of the session that switched the attention function on.
+        attached: says whether the model runs the attention function that the cache needs.
         defer: compress at `finish()` or at the first forward of one token, as if all chunks had been one.
         reserve: slots of room that each layer takes at the first decoded token.
     """
@@ -42,7 +39,7 @@ class CompressedCache(Cache):
         strategy: Strategy,
         config: Any,
         adapter: ModelAdapter,
-        lease: Lease,
+        attached: Callable[[], bool],
         *,
         defer: bool = False,
         reserve: int | None = None,
@@ -53,7 +50,7 @@ class CompressedCache(Cache):
             raise UnsupportedModelError("the model has no full-attention layer, so there is nothing to compress")
         self.strategy = strategy
         self.adapter = adapter
-        self.lease = lease
+        self.attached = attached
         self.defer = defer
         self.reserve = reserve
         self.compressed_layers: dict[int, CompressedCacheLayer] = {
@@ -74,6 +71,50 @@ class CompressedCache(Cache):
         for layer in self.compressed_layers.values():
             if layer.forwards:
                 self.compress_after(layer)
+
+    def next_turn(self, model: nn.Module, **inputs: Any) -> dict[str, Any]:
+        """Return the keyword arguments for `model.generate` in a later turn, this cache included.
+
+        Models with M-RoPE keep the offset of their positions on the model, where it belongs to whoever called last.
+        Here positions are explicit and this conversation's own, so other requests may come between.
+
+            model.generate(**cache.next_turn(model, **processor_inputs), max_new_tokens=64)
+
+        Args:
+            model: the model.
+            inputs: of the whole conversation, as the processor gives them. Media that the cache has seen are left out.
+
+        Raises:
+            InputError: the conversation is not longer than what the cache has seen.
+            UnsupportedUseError: new media in a batch, or of a family whose processor gives no grids.
+        """
+        first = next(iter(self.compressed_layers.values()))
+        arguments = next_turn_arguments(model, inputs, self.get_seq_length(), first.upcoming_positions())
+        return {**arguments, "past_key_values": self}
+
+    def snapshot(self) -> Snapshot:
+        """Return the cache as it is now, sharing its memory. It stays valid whatever the cache does next."""
+        return Snapshot.of(self.layers)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Make the cache what it was when the snapshot was taken; any number of times.
+
+        context = cache.snapshot()
+        for question in questions:
+            model.generate(**question, past_key_values=cache)
+            cache.restore(context)
+        """
+        snapshot.put_back(self.layers)
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache to a safetensors file, which `kvcomp.load_cache(path, model)` reads, in another process too.
+
+        Raises:
+            UnsupportedUseError: the cache is empty, waits for `finish()`, or has layers that are not compressed.
+        """
+        from kvcomp.runtime.files import save_cache  # files knows the cache, and is needed only here
+
+        save_cache(self, Path(path))
 
     def report(self) -> Report:
         """Return what every layer holds, in slots and in bytes read from the storages."""
@@ -100,8 +141,9 @@ class CompressedCache(Cache):
         self._modality = self.adapter.modality(inputs)
 
     def note_positions(self, positions: Tensor | None) -> None:
-        """Take note of the positions `(batch, tokens)` or `(axes, batch, tokens)` of the new tokens; a first text row
-        is dropped.
+        """Take note of the positions of the new tokens, `(batch, tokens)` or `(axes, batch, tokens)`.
+
+        Where there are four axes, the first is a row of text positions and is dropped.
         """
         if positions is not None:
             positions = positions[None] if positions.dim() == 2 else positions[-3:]
@@ -123,7 +165,7 @@ class CompressedCache(Cache):
 
     def check_in_use(self) -> None:
         """Raise where the model no longer runs kvcomp's attention function."""
-        if not self.lease.active:
+        if not self.attached():
             raise UnsupportedUseError(
                 "a compressed cache can only be fed inside its `with kvcomp.compress(...)` block, or before its "
                 "session is detached; outside, attention would see the wrong columns"

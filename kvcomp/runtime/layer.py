@@ -71,7 +71,7 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.trimmed = False  # slots are no longer columns
         self.rho: Tensor | None = None  # (batch,), of the last compression
         self.seconds = 0.0
-        self.forwards: list[Forward] = []  # seen by attention and not yet compressed
+        self.forwards: tuple[Forward, ...] = ()  # seen by attention and not yet compressed
         self.carried: dict[Observation, Tensor] = {}
         self.compressions = 0
         self._view: LayerView | None = None
@@ -187,7 +187,8 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """
         modality, positions = self.request.arriving()
         valid = row_validity(mask, queries.shape[0], self.arrived)
-        self.forwards.append(Forward(queries, slot_mask, self.seen - self.arrived, valid, modality, logits))
+        forward = Forward(queries, slot_mask, self.seen - self.arrived, valid, modality, logits)
+        self.forwards = (*self.forwards, forward)
         self._take_in(valid, modality, positions)
         if not self.request.defer:
             self.request.compress_after(self)
@@ -208,7 +209,7 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             self._view = self._make_view(strategy.observations)
             self._scores = strategy.scores(self._view, self.share())
             prepared = self._view, self._scores
-        self.forwards = []
+        self.forwards = ()
         self.compressions += 1
         self.seconds += time.perf_counter() - started
         return prepared
@@ -250,6 +251,10 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Return how many prompt tokens each slot stands for, `(batch, kv_heads, slots)` float32."""
         table = self.all_slots()
         return None if table is None else table.counts
+
+    def upcoming_positions(self) -> Tensor | None:
+        """Return the position of the next token, `(axes, batch)`; None where positions are columns."""
+        return None if self.next_positions is None else self.next_positions + self.tail
 
     def bookkeeping(self) -> list[Tensor]:
         """Return every tensor that the layer keeps beside keys and values."""

@@ -19,7 +19,8 @@ from kvcomp.core.errors import IgnoredSettingWarning, UnsupportedModelError, Unu
 from kvcomp.core.strategy import Strategy
 from kvcomp.runtime import attention
 from kvcomp.runtime.adapter import adapter_for
-from kvcomp.runtime.cache import CompressedCache, Lease
+from kvcomp.runtime.cache import CompressedCache
+from kvcomp.runtime.files import fill_cache, saved_strategy
 
 
 class Attachment:
@@ -59,7 +60,7 @@ class Session:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.lease = Lease()
+        self.open = True
         with _lock:
             attachment = _attachments.get(model) or Attachment(model)
             attachment.sessions += 1
@@ -76,17 +77,16 @@ class Session:
     ) -> CompressedCache:
         """Return an empty cache for one request. See `kvcomp.compress` for the arguments."""
         built = _build(strategy, budget, overrides)
-        model_config: Any = self.model.config
-        return CompressedCache(built, model_config, adapter_for(model_config), self.lease, defer=defer, reserve=reserve)
+        return _empty_cache(self.model, built, defer=defer, reserve=reserve)
 
     def detach(self) -> None:
         """Leave the model as it was, once the last session is detached. Caches stay readable. Calling it again
         changes nothing.
         """
         with _lock:
-            if not self.lease.active:
+            if not self.open:
                 return
-            self.lease.active = False
+            self.open = False
             attachment = _attachments[self.model]
             attachment.sessions -= 1
             if attachment.sessions == 0:
@@ -151,6 +151,30 @@ def compress(
             UnusedCacheWarning,
             stacklevel=3,
         )
+
+
+def load_cache(path: str | Path, model: nn.Module) -> CompressedCache:
+    """Return the cache that `cache.save(path)` wrote, on the model's device.
+
+    It can be read at once; to go on with it, the model must be inside `kvcomp.compress(...)` or `kvcomp.attach(model)`.
+
+    Raises:
+        InputError: the file cannot be read, or holds the cache of another model.
+    """
+    path = Path(path)
+    cache = _empty_cache(model, saved_strategy(path), defer=False, reserve=None)
+    fill_cache(cache, path, next(model.parameters()).device)
+    return cache
+
+
+def _empty_cache(model: nn.Module, strategy: Strategy, *, defer: bool, reserve: int | None) -> CompressedCache:
+    model_config: Any = model.config
+    reference = weakref.ref(model)
+
+    def attached() -> bool:
+        return (owner := reference()) is not None and owner in _attachments
+
+    return CompressedCache(strategy, model_config, adapter_for(model_config), attached, defer=defer, reserve=reserve)
 
 
 def _build(source: Strategy | str | Path | Mapping[str, Any], budget: Any, overrides: dict[str, Any]) -> Strategy:

@@ -34,8 +34,8 @@ def merged_counts(layer: LayerView, pivots: Pivots, assignment: Assignment) -> T
 def blend(vectors: Tensor, pivots: Pivots, assignment: Assignment, own: Tensor, shared: Tensor) -> Tensor:
     """Return `own[j] * pivot_j + sum over edges i -> j of shared[j] * weight * source_i`, in float32.
 
-    Factors are applied before the sum, so that a convex combination of finite vectors stays finite. A slot without edges
-    has an own factor of 1 and keeps its pivot's bits.
+    Factors are applied before the sum, so that a convex combination of finite vectors stays finite. A slot without
+    edges has an own factor of 1 and keeps its pivot's bits.
 
     Args:
         vectors: keys or values, `(batch, kv_heads, tokens, head_dim)`.

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from kvcomp.core.interfaces import Observation
@@ -38,6 +38,12 @@ class CrossModalFlow(Observation, use="cross-modal-flow"):
     strata: int = Field(default=128, ge=1)
     rows_used: Literal["sampled", "all"] = "sampled"
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _samples_are_fewer(self) -> CrossModalFlow:
+        if self.strata > self.exact:
+            raise ValueError(f"strata must be at most exact ({self.exact})")
+        return self
 
     def rows(self, valid: Tensor) -> Tensor | None:
         """Return the sampled queries of each row, or None for all of them."""

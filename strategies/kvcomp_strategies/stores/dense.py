@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -9,58 +11,80 @@ from torch import Tensor
 from kvcomp.core.interfaces import SlotStorage, Store
 
 
-class DenseStorage(SlotStorage):
-    """Keys and values of all heads padded to the longest, `(batch, kv_heads, capacity, head_dim)` each.
+@dataclass(eq=False)
+class Buffers:
+    """Keys and values `(batch, kv_heads, capacity, head_dim)`; the first `held` slots belong to a snapshot as well."""
 
-    What is stored by `replace` takes exactly its own bytes. The first append moves it into a buffer with room, so
-    that later ones copy only what is new.
+    keys: Tensor
+    values: Tensor
+    held: int = 0
+
+    @property
+    def capacity(self) -> int:
+        """Return for how many slots there is room."""
+        return self.keys.shape[2]
+
+    def grown(self, filled: int, capacity: int) -> Buffers:
+        """Return larger buffers with the filled slots copied."""
+        return Buffers(_grown(self.keys, filled, capacity), _grown(self.values, filled, capacity))
+
+
+class DenseStorage(SlotStorage):
+    """Keys and values of all heads padded to the longest.
+
+    What is stored by `replace` takes exactly its own bytes. The first append moves it into buffers with room, so that
+    later ones copy only what is new.
     """
 
     def __init__(self, growth: float, reserve: int | None) -> None:
         self._growth = growth
         self._reserve = reserve
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+        self._buffers: Buffers | None = None
         self._filled = 0
 
     def replace(self, keys: Tensor, values: Tensor) -> None:
         """Hold exactly these slots; copies only what shares its storage with something else."""
-        self._keys, self._values = _owned(keys), _owned(values)
+        self._buffers = Buffers(_owned(keys), _owned(values))
         self._filled = keys.shape[2]
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add slots at the end, growing the buffers where they are full."""
-        if self._keys is None or self._values is None:
+        """Add slots at the end, in new buffers where these are full or a snapshot holds what would be overwritten."""
+        if self._buffers is None:
             self.replace(keys, values)
             return
         end = self._filled + keys.shape[2]
-        if end > self._keys.shape[2]:
-            room = self._room(end)
-            self._keys, self._values = self._grown(self._keys, room), self._grown(self._values, room)
-        self._keys[:, :, self._filled : end] = keys
-        self._values[:, :, self._filled : end] = values
+        if end > self._buffers.capacity or self._filled < self._buffers.held:
+            self._buffers = self._buffers.grown(self._filled, self._room(end))
+        self._buffers.keys[:, :, self._filled : end] = keys
+        self._buffers.values[:, :, self._filled : end] = values
         self._filled = end
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Return views of the filled slots."""
-        assert self._keys is not None
-        assert self._values is not None
-        return self._keys[:, :, : self._filled], self._values[:, :, : self._filled]
+        assert self._buffers is not None
+        return self._buffers.keys[:, :, : self._filled], self._buffers.values[:, :, : self._filled]
 
     def nbytes(self) -> int:
         """Return the bytes of both buffers."""
-        return sum(part.untyped_storage().nbytes() for part in (self._keys, self._values) if part is not None)
+        if self._buffers is None:
+            return 0
+        return self._buffers.keys.untyped_storage().nbytes() + self._buffers.values.untyped_storage().nbytes()
+
+    def snapshot(self) -> tuple[Buffers | None, int]:
+        """Return the buffers and how much of them is filled."""
+        if self._buffers is not None:
+            self._buffers.held = max(self._buffers.held, self._filled)
+        return self._buffers, self._filled
+
+    def restore(self, snapshot: tuple[Buffers | None, int]) -> None:
+        """Hold the slots of a snapshot."""
+        self._buffers, self._filled = snapshot
 
     def _room(self, end: int) -> int:
         if self._reserve is not None and self._reserve >= end - self._filled:
             room, self._reserve = self._filled + self._reserve, None
             return room
         return max(end, int(end * self._growth), end + 15)
-
-    def _grown(self, buffer: Tensor, room: int) -> Tensor:
-        grown = buffer.new_empty(*buffer.shape[:2], room, buffer.shape[3])
-        grown[:, :, : self._filled] = buffer[:, :, : self._filled]
-        return grown
 
 
 class Dense(Store, use="dense"):
@@ -75,6 +99,12 @@ class Dense(Store, use="dense"):
     def open(self, reserve: int | None = None) -> DenseStorage:
         """Return an empty storage; with `reserve`, the first append takes room for that many slots."""
         return DenseStorage(self.growth, reserve)
+
+
+def _grown(buffer: Tensor, filled: int, capacity: int) -> Tensor:
+    grown = buffer.new_empty(*buffer.shape[:2], capacity, buffer.shape[3])
+    grown[:, :, :filled] = buffer[:, :, :filled]
+    return grown
 
 
 def _owned(tensor: Tensor) -> Tensor:

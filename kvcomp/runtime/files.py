@@ -1,0 +1,114 @@
+"""A cache in a file: one safetensors file, with everything that is not a tensor as JSON in its header."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvcomp.core.config import strategy
+from kvcomp.core.errors import InputError, UnsupportedUseError
+from kvcomp.core.interfaces import Observation
+from kvcomp.core.registry import registry
+from kvcomp.runtime.cache import CompressedCache
+from kvcomp.runtime.layer import CompressedCacheLayer
+from kvcomp.runtime.slots import SlotTable
+from kvcomp.version import __version__
+
+FORMAT = "kvcomp-cache-1"
+TABLE = ("indices", "columns", "counts", "modality", "positions", "mask")
+NUMBERS = ("seen", "trimmed", "seconds", "compressions")
+
+
+def save_cache(cache: CompressedCache, path: Path) -> None:
+    """Write a cache to a file.
+
+    Raises:
+        UnsupportedUseError: the cache is empty, waits for `finish()`, or has layers that are not compressed.
+    """
+    if len(cache.compressed_layers) != len(cache.layers):
+        raise UnsupportedUseError("a cache with sliding or linear layers cannot be saved: their state is not kvcomp's")
+    if not cache.used:
+        raise UnsupportedUseError("the cache is empty: there is nothing to save")
+    if any(layer.forwards for layer in cache.compressed_layers.values()):
+        raise UnsupportedUseError("the cache has deferred its compression; call cache.finish() before saving it")
+    tensors: dict[str, Tensor] = {}
+    layers: list[dict[str, Any]] = []
+    for number, layer in cache.compressed_layers.items():
+        tensors |= {f"{number}.{name}": tensor.contiguous().clone() for name, tensor in _tensors(layer).items()}
+        carried = [observation.dump() for observation in layer.carried]
+        layers.append({name: getattr(layer, name) for name in NUMBERS} | {"carried": carried})
+    header = {"format": FORMAT, "kvcomp": __version__, "strategy": cache.strategy.dump(), "layers": layers}
+    save_file(tensors, path, metadata={"kvcomp": json.dumps(header)})
+
+
+def fill_cache(cache: CompressedCache, path: Path, device: torch.device) -> None:
+    """Fill an empty cache from a file.
+
+    Raises:
+        InputError: the file is not of this cache's model.
+    """
+    header, tensors = _read(path, device)
+    if len(header["layers"]) != len(cache.compressed_layers):
+        raise InputError(
+            f"{path} holds a cache of {len(header['layers'])} layers, and the model has {len(cache.compressed_layers)}"
+        )
+    for (number, layer), numbers in zip(cache.compressed_layers.items(), header["layers"], strict=True):
+        prefix = f"{number}."
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        _fill(layer, numbers, own)
+
+
+def saved_strategy(path: Path) -> Any:
+    """Return the strategy that a file's cache was compressed by."""
+    return strategy(_read(path, torch.device("cpu"), tensors=False)[0]["strategy"])
+
+
+def _tensors(layer: CompressedCacheLayer) -> dict[str, Tensor]:
+    """Return everything of a layer that is a tensor, the tail moved into the table."""
+    table, keys, values = layer.all_slots(), layer.keys, layer.values
+    assert table is not None
+    assert keys is not None
+    assert values is not None
+    found = {"keys": keys, "values": values, "tokens": layer.tokens + layer.tail, "rho": layer.rho}
+    found |= {f"table.{name}": getattr(table, name) for name in TABLE}
+    if table.columns is table.indices:
+        del found["table.columns"]
+    found["next_positions"] = layer.upcoming_positions()
+    found |= {f"carried.{place}": sums for place, sums in enumerate(layer.carried.values())}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _fill(layer: CompressedCacheLayer, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    layer.lazy_initialization(tensors["keys"], tensors["values"])
+    layer.storage.replace(tensors["keys"], tensors["values"])
+    table = {name: tensors.get(f"table.{name}") for name in TABLE}
+    table["columns"] = table["indices"] if table["columns"] is None else table["columns"]
+    layer.table = SlotTable(**table)  # type: ignore[arg-type]
+    layer.tokens = tensors["tokens"].cpu()
+    layer.next_positions, layer.rho = tensors.get("next_positions"), tensors.get("rho")
+    for name in NUMBERS:
+        setattr(layer, name, numbers[name])
+    layer.carried = {_observation(spec): tensors[f"carried.{place}"] for place, spec in enumerate(numbers["carried"])}
+
+
+def _observation(spec: dict[str, Any]) -> Observation:
+    fields = {name: value for name, value in spec.items() if name != "use"}
+    observation: Observation = registry.find("observation", spec["use"]).value(**fields)
+    return observation
+
+
+def _read(path: Path, device: torch.device, tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            header = json.loads((file.metadata() or {}).get("kvcomp", "{}"))
+            if header.get("format") != FORMAT:
+                raise InputError(f"{path} is not a cache that this version of kvcomp wrote (format {FORMAT!r})")
+            return header, {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"a saved cache must be a readable safetensors file: {path}: {error}") from None

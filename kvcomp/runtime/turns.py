@@ -1,0 +1,78 @@
+"""The arguments of a later turn, with positions that belong to the cache's own conversation."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvcomp.core.errors import InputError, UnsupportedUseError
+
+MEDIA = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+
+
+def next_turn_arguments(
+    model: nn.Module, inputs: Mapping[str, Any], seen: int, next_positions: Tensor | None
+) -> dict[str, Any]:
+    """Return the keyword arguments for `generate`, the cache not included.
+
+    Args:
+        model: the model.
+        inputs: of the whole conversation as the processor gives them, media of earlier turns included.
+        seen: columns that the cache has seen.
+        next_positions: `(axes, batch)` of the next token, None where positions are columns.
+
+    Raises:
+        InputError: the conversation is not longer than what the cache has seen.
+        UnsupportedUseError: new media in a batch, or of a family that does not say which rows belong to which image.
+    """
+    ids = inputs["input_ids"]
+    if ids.shape[1] <= seen:
+        raise InputError(
+            f"the next turn must hold the whole conversation, more than the {seen} tokens that the cache has seen; "
+            f"got {ids.shape[1]}"
+        )
+    arguments = {"input_ids": ids, "attention_mask": inputs.get("attention_mask", torch.ones_like(ids))}
+    fresh = _new_media(model, inputs, seen)
+    if next_positions is None or next_positions.shape[0] == 1:
+        return arguments | fresh
+    positions = _rope_index(model, inputs) if fresh else _continued(arguments["attention_mask"], seen, next_positions)
+    return arguments | fresh | {"position_ids": positions}
+
+
+def _continued(mask: Tensor, seen: int, next_positions: Tensor) -> Tensor:
+    """Return `(axes, batch, tokens)`: text positions of the new columns; those before are not looked at again."""
+    new = (mask[:, seen:].cumsum(dim=1) - 1).clamp(min=0)
+    positions = next_positions.long()[..., None] + new.to(next_positions.device)
+    return torch.cat([positions.new_zeros(*positions.shape[:2], seen), positions], dim=2)
+
+
+def _rope_index(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """Return the positions of the whole conversation, `(axes, batch, tokens)`, from the model's own rule."""
+    rule = model.base_model.get_rope_index
+    known = inspect.signature(rule).parameters
+    positions: Tensor = rule(**{name: value for name, value in inputs.items() if name in known})[0]
+    return positions
+
+
+def _new_media(model: Any, inputs: Mapping[str, Any], seen: int) -> dict[str, Tensor]:
+    """Return pixels and grids of the images and videos whose placeholders the cache has not seen."""
+    fresh: dict[str, Tensor] = {}
+    for kind, (pixels, grid) in MEDIA.items():
+        if inputs.get(pixels) is None:
+            continue
+        if inputs.get(grid) is None or inputs["input_ids"].shape[0] != 1:
+            raise UnsupportedUseError(
+                f"later turns with {kind}s need one conversation per cache and a model whose processor gives {grid!r}"
+            )
+        token = getattr(model.config, f"{kind}_token_id")
+        before = int((inputs["input_ids"][0, :seen] == token).sum())
+        patches = inputs[grid].prod(dim=1)
+        merged = model.config.vision_config.spatial_merge_size**2
+        old = int(((patches // merged).cumsum(dim=0) <= before).sum())
+        if old < len(patches):
+            fresh |= {pixels: inputs[pixels][int(patches[:old].sum()) :], grid: inputs[grid][old:]}
+    return fresh
