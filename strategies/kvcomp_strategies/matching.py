@@ -9,6 +9,7 @@ from torch import Tensor
 from kvcomp.core.types import Assignment, LayerView, Modality, Pivots, Rule
 
 CHUNK_ELEMENTS = 2**20  # similarities alive at a time, 4 MiB in float32
+BLOCK = 64  # pivots that are looked at together
 TIE = 1e-6  # float32 cosines closer than this are equal, and the earlier pivot wins
 FORBIDDEN = -4.0  # added to the cosine of a forbidden pair: below every allowed one
 LOWEST_ALLOWED = -2.0
@@ -52,7 +53,9 @@ def nearest_pivots(layer: LayerView, pivots: Pivots, eligible: Tensor, rule: Ten
     keys = F.normalize(layer.keys.float(), dim=-1, eps=1e-12)
     one_hot = F.one_hot(layer.modality.long(), len(Modality)).float()
     tokens = torch.cat([keys, one_hot], dim=-1)
-    receivers = torch.cat([pivots.gather(keys), _penalties(pivots.gather(layer.modality), eligible, rule)], dim=-1)
+    room = (0, -eligible.shape[2] % BLOCK)  # whole blocks, the last one filled up with pivots that are not eligible
+    penalties = _penalties(F.pad(pivots.gather(layer.modality), room), F.pad(eligible, room), rule)
+    receivers = torch.cat([F.pad(pivots.gather(keys), (0, 0, *room)), penalties], dim=-1)
     receivers = receivers.transpose(-1, -2).contiguous()
     chunks = torch.split(sources, max(1, CHUNK_ELEMENTS // eligible.numel()), dim=2)
     targets = torch.cat([_nearest(chunk, tokens, receivers, floor) for chunk in chunks], dim=2)
@@ -79,7 +82,11 @@ def _nearest(sources: Tensor, tokens: Tensor, receivers: Tensor, floor: float) -
     """
     index = sources.clamp(min=0)[..., None].expand(-1, -1, -1, tokens.shape[-1])
     similarity = tokens.gather(2, index) @ receivers
-    best = similarity.amax(dim=-1, keepdim=True)
-    first = (similarity >= best - TIE).view(torch.uint8).argmax(dim=-1)  # the earliest of those that tie
+    blocks = similarity.unflatten(-1, (-1, BLOCK))
+    tops = blocks.amax(dim=-1)  # maxima are fast and the place of a maximum is slow, so it is looked for in two steps
+    best = tops.amax(dim=-1, keepdim=True)
+    block = (tops >= best - TIE).view(torch.uint8).argmax(dim=-1, keepdim=True)
+    inside = blocks.gather(3, block[..., None].expand(*block.shape, BLOCK)).squeeze(3)
+    first = block * BLOCK + (inside >= best - TIE).view(torch.uint8).argmax(dim=-1, keepdim=True)
     reached = (best > LOWEST_ALLOWED) & (best >= floor - TIE)
-    return first.masked_fill(~reached.squeeze(-1), -1)
+    return first.masked_fill(~reached, -1).squeeze(-1)

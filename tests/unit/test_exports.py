@@ -11,7 +11,7 @@ import pytest
 import kvcomp
 import kvcomp.testing
 
-# design.md, section 8: the interfaces, the types, every error class, and the functions
+# the interfaces, the types, every error class, and the functions
 PROMISED = {
     *("compress", "attach", "strategy", "load_cache", "hookimpl", "Budget", "Strategy"),
     *("LayerPolicy", "BudgetAllocator", "Scorer", "PivotSelector", "Matcher", "Merger", "Store", "Observation"),
