@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from kvcomp.core.types import Assignment, LayerView, Modality, Pivots, Rule
@@ -82,7 +83,7 @@ def _nearest(sources: Tensor, tokens: Tensor, receivers: Tensor, floor: float) -
     """
     index = sources.clamp(min=0)[..., None].expand(-1, -1, -1, tokens.shape[-1])
     similarity = tokens.gather(2, index) @ receivers
-    blocks = similarity.view(*similarity.shape[:3], -1, BLOCK)
+    blocks = rearrange(similarity, "b kv sources (blocks pivots) -> b kv sources blocks pivots", pivots=BLOCK)
     tops = blocks.amax(dim=-1)  # maxima are fast and the place of a maximum is slow, so it is looked for in two steps
     best = tops.amax(dim=-1, keepdim=True)
     block = (tops >= best - TIE).view(torch.uint8).argmax(dim=-1, keepdim=True)
