@@ -57,7 +57,7 @@ class GenericAdapter(ModelAdapter, use="generic"):
         if ids is None:
             raise UnsupportedUseError(
                 "a multimodal model was given inputs_embeds alone, so nothing says which tokens are images; "
-                "pass mm_token_type_ids (0 text, 1 image, 2 video, 3 audio), or input_ids"
+                "call the whole model with input_ids, or pass mm_token_type_ids (0 text, 1 image, 2 video, 3 audio)"
             )
         modality = torch.zeros(ids.shape, dtype=torch.int8, device=ids.device)
         for kind, token in self.token_ids.items():

@@ -13,7 +13,7 @@ from kvcomp.core.budget import Budget
 from kvcomp.core.errors import BudgetError, ConfigError, InputError, UnknownNameError, suggest
 from kvcomp.core.interfaces import PART_KINDS, Part
 from kvcomp.core.registry import registry
-from kvcomp.core.strategy import Strategy
+from kvcomp.core.strategy import Strategy, conflicts
 
 PART_KEYS = tuple(kind for kind in PART_KINDS if kind != "observation")
 SETTING_KEYS = ("name", "budget", "mass_preserving", "turns")
@@ -60,6 +60,19 @@ def strategy(
     return _build(document, faults, label)
 
 
+class UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which also refuses a key that stands twice in a mapping."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                mark = node.value[place][0].start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_document(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file.
 
@@ -67,7 +80,7 @@ def load_document(path: Path) -> dict[str, Any]:
         InputError: the file cannot be read, is not YAML, or holds no mapping.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)  # noqa: S506, a safe loader
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"a strategy file must be readable text: {path}: {error}") from None
     except yaml.YAMLError as error:
@@ -130,23 +143,26 @@ def _override(document: dict[str, Any], path: str, value: Any, faults: list[str]
     if not field:
         document[kind] = value
         return
-    part = document.get(kind, DEFAULT_PARTS.get(kind))
+    part = document.get(kind) or DEFAULT_PARTS.get(kind)
     if kind not in PART_KEYS:
         faults.append(f"{path}: no part named {kind!r}. {suggest(kind, PART_KEYS)}")
     elif part is None:
         faults.append(f"{path}: this strategy has no {kind} to change")
-    else:
+    elif isinstance(part, str | Mapping):  # anything else is a fault that is found when the part is built
         document[kind] = {**({"use": part} if isinstance(part, str) else part), field: value}
 
 
 def _build(document: dict[str, Any], faults: list[str], label: str) -> Strategy:
     for key in document.keys() - {*PART_KEYS, *SETTING_KEYS}:
         faults.append(f"{key}: no such key. {suggest(key, (*PART_KEYS, *SETTING_KEYS))}")
-    fields: dict[str, Any] = {kind: _part(kind, document, faults) for kind in PART_KEYS}
-    fields |= {
-        "name": str(document.get("name", "custom")),
-        "budget": _budget(document.get("budget", 1.0), faults),
-    }
+    part_faults: list[str] = []
+    fields: dict[str, Any] = {kind: _part(kind, document, part_faults) for kind in PART_KEYS}
+    if not part_faults and fields["selector"] is not None:
+        part_faults = conflicts([part for part in fields.values() if part is not None])
+    faults += part_faults
+    if not isinstance(name := document.get("name", "custom"), str):
+        faults.append(f"name: must be a text, got {name!r}")
+    fields |= {"name": name, "budget": _budget(document.get("budget", 1.0), faults)}
     fields["turns"] = _choice(document, "turns", ("recompress", "append"), faults)
     fields["mass_preserving"] = _choice(document, "mass_preserving", (False, True), faults)
     if faults:
@@ -171,7 +187,8 @@ def _budget(value: Any, faults: list[str]) -> Budget | None:
 
 def _part(kind: str, document: dict[str, Any], faults: list[str]) -> Part | None:
     """Return the part of this kind, None where the document has none and there is no default."""
-    spec = document.get(kind, DEFAULT_PARTS.get(kind))
+    spec = document.get(kind)
+    spec = DEFAULT_PARTS.get(kind) if spec is None else spec
     if spec is None:
         return None
     spec = {"use": spec} if isinstance(spec, str) else spec

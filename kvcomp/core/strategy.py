@@ -53,7 +53,7 @@ class Strategy:
     turns: Turns = "recompress"
 
     def __post_init__(self) -> None:
-        if faults := _conflicts(self):
+        if self.selector is not None and (faults := conflicts(self.parts)):
             raise ConfigError(faults, source=f"strategy {self.name!r}")
 
     @property
@@ -162,13 +162,11 @@ class Strategy:
         return Scores(scores.values, wanted & (from_end <= slots.to(wanted.device)[..., None]))
 
 
-def _conflicts(strategy: Strategy) -> list[str]:
+def conflicts(parts: Sequence[Part]) -> list[str]:
     """Return a fault for every part that requires what no part of the pipeline provides."""
-    if strategy.selector is None:
-        return []
-    provided = frozenset().union(*(part.provides for part in strategy.parts))
+    provided = {given for part in parts for given in part.provides}
     return [
         f"{part.kind}: {part.use!r} needs {need}, which no part of this pipeline provides"
-        for part in strategy.parts
+        for part in parts
         for need in sorted(part.requires - provided)
     ]

@@ -58,6 +58,7 @@ class CompressedCache(Cache):
         }
         self._modality: Tensor | None = None
         self._positions: Tensor | None = None
+        self._noted = False  # whether the inputs of the forward under way are known
         self._waiting: list[tuple[CompressedCacheLayer, LayerView, Scores]] = []
         super().__init__(layers=[self.compressed_layers.get(number, layer) for number, layer in enumerate(stock)])
 
@@ -137,17 +138,47 @@ class CompressedCache(Cache):
     # --- called by the session's hooks and by the layers ---
 
     def note_inputs(self, inputs: Mapping[str, Any]) -> None:
-        """Take note of what the model was called with: which new token is what."""
-        self._modality = self.adapter.modality(inputs)
+        """Take note of what the model was called with: which new token is what.
 
-    def note_positions(self, positions: Tensor | None) -> None:
+        Raises:
+            UnsupportedUseError: the attention mask is not of the cache's tokens and the new ones.
+        """
+        self._modality = self.adapter.modality(inputs)
+        self._noted = True
+        mask, new = inputs.get("attention_mask"), inputs.get("input_ids", inputs.get("inputs_embeds"))
+        expected = None if new is None else self.get_seq_length() + new.shape[1]
+        if isinstance(mask, Tensor) and mask.dim() == 2 and expected not in (None, mask.shape[1]):
+            raise UnsupportedUseError(
+                f"the attention mask covers {mask.shape[1]} tokens, and the cache will have seen {expected} with the "
+                "new ones; a cache belongs to one conversation, so use a new one for another prompt"
+            )
+
+    def note_positions(self, inputs: Mapping[str, Any]) -> None:
         """Take note of the positions of the new tokens, `(batch, tokens)` or `(axes, batch, tokens)`.
 
         Where there are four axes, the first is a row of text positions and is dropped.
+
+        Raises:
+            UnsupportedUseError: the text part of a multimodal model was called by itself.
         """
+        if not self._noted:
+            self._modality = self.adapter.modality(inputs)
+        positions = inputs.get("position_ids")
         if positions is not None:
             positions = positions[None] if positions.dim() == 2 else positions[-3:]
+            self._check_positions(positions)
         self._positions = positions
+
+    def _check_positions(self, positions: Tensor) -> None:
+        """Raise where several new tokens all lie before what the cache has seen: they belong to another prompt."""
+        upcoming = next(iter(self.compressed_layers.values())).upcoming_positions()
+        if upcoming is None or positions.shape[-1] == 1:
+            return
+        if bool((positions.amax(dim=(0, 2)) < upcoming.amax(dim=0)).all()):  # one sync per later turn
+            raise UnsupportedUseError(
+                "the new tokens stand before the end of what the cache has seen; a cache belongs to one conversation, "
+                "so use a new one for another prompt"
+            )
 
     def forward_ended(self) -> None:
         """Forget the inputs of this forward, and check that every layer's attention went through kvcomp.
@@ -156,11 +187,16 @@ class CompressedCache(Cache):
             UnsupportedModelError: keys were cached that no attention function of kvcomp saw.
         """
         self._modality = self._positions = None
+        self._noted = False
+        self.check_attended()
+
+    def check_attended(self) -> None:
+        """Raise where keys were cached that no attention function of kvcomp saw."""
         missed = [number for number, layer in self.compressed_layers.items() if layer.arrived]
         if missed:
             raise UnsupportedModelError(
-                f"layers {missed} cached keys that no registered attention function saw: this model's attention does "
-                "not go through transformers' AttentionInterface, so its cache cannot be compressed"
+                f"layers {missed} cached keys that no attention function of kvcomp saw: the model's attention does not "
+                "go through transformers' AttentionInterface, or it is not the model that the cache was made for"
             )
 
     def check_in_use(self) -> None:

@@ -44,20 +44,24 @@ def save_cache(cache: CompressedCache, path: Path) -> None:
         carried = [observation.dump() for observation in layer.carried]
         layers.append({name: getattr(layer, name) for name in NUMBERS} | {"carried": carried})
     header = {"format": FORMAT, "kvcomp": __version__, "strategy": cache.strategy.dump(), "layers": layers}
+    header["shape"] = _shape(next(iter(cache.compressed_layers.values())))
     save_file(tensors, path, metadata={"kvcomp": json.dumps(header)})
 
 
-def fill_cache(cache: CompressedCache, path: Path, device: torch.device) -> None:
-    """Fill an empty cache from a file.
+def fill_cache(cache: CompressedCache, path: Path, model: Any) -> None:
+    """Fill an empty cache from a file, on the model's device.
 
     Raises:
         InputError: the file is not of this cache's model.
     """
-    header, tensors = _read(path, device)
+    header, tensors = _read(path, model.device)
     if len(header["layers"]) != len(cache.compressed_layers):
         raise InputError(
             f"{path} holds a cache of {len(header['layers'])} layers, and the model has {len(cache.compressed_layers)}"
         )
+    expected = expected_shape(model)
+    if header["shape"] != expected:
+        raise InputError(f"{path} holds a cache of another model: {header['shape']}, and this model has {expected}")
     for (number, layer), numbers in zip(cache.compressed_layers.items(), header["layers"], strict=True):
         prefix = f"{number}."
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -69,12 +73,24 @@ def saved_strategy(path: Path) -> Any:
     return strategy(_read(path, torch.device("cpu"), tensors=False)[0]["strategy"])
 
 
+def _shape(layer: CompressedCacheLayer) -> dict[str, Any]:
+    keys = layer.storage.read()[0]
+    return {"kv_heads": keys.shape[1], "head_dim": keys.shape[3], "dtype": str(keys.dtype)}
+
+
+def expected_shape(model: Any) -> dict[str, Any]:
+    """Return what the keys of a model look like."""
+    text = model.config.get_text_config(decoder=True)
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return {"kv_heads": kv_heads, "head_dim": head_dim, "dtype": str(model.dtype)}
+
+
 def _tensors(layer: CompressedCacheLayer) -> dict[str, Tensor]:
     """Return everything of a layer that is a tensor, the tail moved into the table."""
-    table, keys, values = layer.all_slots(), layer.keys, layer.values
+    table = layer.all_slots()
     assert table is not None
-    assert keys is not None
-    assert values is not None
+    keys, values = layer.storage.read()
     found = {"keys": keys, "values": values, "tokens": layer.tokens + layer.tail, "rho": layer.rho}
     found |= {f"table.{name}": getattr(table, name) for name in TABLE}
     if table.columns is table.indices:

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
@@ -18,7 +16,7 @@ from kvcomp.core.strategy import Strategy
 from kvcomp.core.types import LayerView, Pivots, Scores
 from kvcomp.runtime.forward import Forward, Logits, observe_forwards
 from kvcomp.runtime.masks import over_slots, row_validity, with_mass
-from kvcomp.runtime.slots import SlotTable, new_tokens
+from kvcomp.runtime.slots import SlotTable, gather_heads, new_tokens, padded, positions_after
 
 LAYER_ATTRIBUTE = "kvcomp_layer"  # how the attention function finds the layer that its keys came from
 
@@ -62,6 +60,7 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Forget everything."""
         self.storage = self.request.strategy.store.open(self.request.reserve)
         self.is_initialized = False
+        self.dtype, self.device = torch.float32, torch.device("cpu")  # until the first token says
         self.table: SlotTable | None = None
         self.tokens = torch.zeros(0, dtype=torch.long)  # valid tokens of each row that the table stands for, on the CPU
         self.next_positions: Tensor | None = None  # (axes, batch), of the first token of the tail
@@ -81,13 +80,16 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
-        """Return the keys of the filled slots, `(batch, kv_heads, slots, head_dim)`, None before the first token."""
-        return self.storage.read()[0] if self.is_initialized else None
+        """Return the keys of the filled slots, `(batch, kv_heads, slots, head_dim)`, None before the first token.
+
+        A view; where heads or rows hold fewer slots than others, a copy with zeros at their ends.
+        """
+        return self._together(self.storage.read()[0]) if self.is_initialized else None
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
-        """Return the values of the filled slots, `(batch, kv_heads, slots, head_dim)`, None before the first token."""
-        return self.storage.read()[1] if self.is_initialized else None
+        """Return the values of the filled slots, `(batch, kv_heads, slots, head_dim)`, as `keys` does."""
+        return self._together(self.storage.read()[1]) if self.is_initialized else None
 
     def get_seq_length(self) -> int:
         """Return the number of columns seen."""
@@ -109,6 +111,11 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             raise UnsupportedUseError(
                 "no gradient flows through a compressed cache; call the model under torch.no_grad() or "
                 "torch.inference_mode()"
+            )
+        if self.arrived:
+            raise UnsupportedUseError(
+                "no attention of kvcomp saw the tokens of the last forward; a compressed cache works with the model "
+                "that it was made for, and inside its block"
             )
         new = key_states.shape[2]
         if new == 1 and self.forwards:
@@ -139,23 +146,26 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._take_rows(lambda rows: rows[indices.to(rows.device)])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last columns: `-n` or 0 removes n of them, a positive number is the length that stays (older
-        transformers).
+        """Remove the last columns: `-n` or 0 removes n of them; older transformers give the length that stays.
+
+        Raises:
+            UnsupportedUseError: the columns were compressed by the forward that just ended, as in assisted decoding,
+                whose drafts would have been part of the budget; or compression is deferred.
         """
         target = self.seen + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
         if target >= self.seen or not self.is_initialized:
             return
+        if self.trimmed and self.tail == 0:
+            raise UnsupportedUseError(
+                "tokens were removed right after they were compressed, as assisted and prompt-lookup decoding do; they "
+                "do not work with a compressed cache"
+            )
         table = self._whole_table()
-        stays = (table.columns < target) & table.valid
-        slots = max(int(stays.sum(dim=-1).max()), 0)
-        keys, values = self.storage.read()
-        self.storage.replace(keys[:, :, :slots].clone(), values[:, :, :slots].clone())
-        stays = stays[..., :slots]
-        table = table.map(lambda entry: entry[..., :slots].contiguous())
-        self.table = table if bool(stays.all()) else table.masked(stays)
-        self.tokens = self.tokens + self.tail - (self.seen - target)
+        removed = self.seen - target
+        self._take_slots((table.columns < target) & table.valid, table)
+        self.tokens = self.tokens + self.tail - removed
         if self.next_positions is not None:
-            self.next_positions = self.next_positions + self.tail - (self.seen - target)
+            self.next_positions = self.next_positions + self.tail - removed
         self.tail, self.seen = 0, target
 
     def offload(self) -> None:
@@ -242,15 +252,19 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     @property
     def indices(self) -> Tensor | None:
-        """Return the logical position of each slot, `(batch, kv_heads, slots)` int32, -1 where empty."""
+        """Return the logical position of each slot, `(batch, kv_heads, slots)` int32, ascending, -1 where empty."""
         table = self.all_slots()
-        return None if table is None else table.indices
+        return None if table is None else self._together(table.indices, empty=-1)
 
     @property
     def counts(self) -> Tensor | None:
         """Return how many prompt tokens each slot stands for, `(batch, kv_heads, slots)` float32."""
         table = self.all_slots()
-        return None if table is None else table.counts
+        return None if table is None else self._together(table.counts)
+
+    def _together(self, per_slot: Tensor, empty: int = 0) -> Tensor:
+        table = self.all_slots()
+        return per_slot if table is None else table.together(per_slot, empty)
 
     def upcoming_positions(self) -> Tensor | None:
         """Return the position of the next token, `(axes, batch)`; None where positions are columns."""
@@ -293,7 +307,7 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         seen = observe_forwards(self.forwards, keys, table, observations)
         for observation, sums in self.carried.items():
             if observation in seen:
-                seen[observation] = seen[observation] + F.pad(sums, (0, table.slots - sums.shape[-1]))
+                seen[observation] = seen[observation] + padded(sums, table.slots)
         return LayerView(
             keys=keys,
             values=values,
@@ -309,12 +323,8 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def _carry(self, view: LayerView, pivots: Pivots) -> None:
         """Keep the sums of the surviving slots, `(batch, heads, slots)`."""
-        kv_heads = view.shape[1]
         self.carried = {
-            seen: rearrange(
-                pivots.gather(rearrange(result, "b (kv group) t -> b kv t group", kv=kv_heads)),
-                "b kv t group -> b (kv group) t",
-            )
+            seen: gather_heads(result, pivots)
             for seen, result in view.observations.items()
             if seen.carried and self.request.strategy.turns == "recompress"
         }
@@ -337,7 +347,7 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         )
         self.table = arrived if self.table is None else self._whole_table(arrived=False).extend(arrived)
         self.tokens = before + (self.arrived if valid is None else valid.sum(dim=1).cpu())
-        self.next_positions = None if positions is None else _next_positions(positions, batch)
+        self.next_positions = None if positions is None else positions_after(positions, batch)
         self.tail = self.arrived = 0
 
     def _whole_table(self, arrived: bool = True) -> SlotTable:
@@ -355,9 +365,22 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             new_tokens((batch, kv_heads, more), start, self.tokens, device=self.device, positions=positions)
         )
 
+    def _take_slots(self, stays: Tensor, table: SlotTable) -> None:
+        """Hold the slots of a table of all slots that stay, `(batch, kv_heads, slots)`, moved together."""
+        self._check_nothing_deferred()
+        slots = int(stays.sum(dim=-1).max())
+        order = (~stays).to(torch.uint8).argsort(dim=-1, stable=True)[..., :slots]
+        kept, filled = Pivots(order), stays.gather(2, order)
+        keys, values = self.storage.read()
+        self.storage.replace(kept.gather(keys), kept.gather(values))
+        table = table.map(kept.gather)
+        self.table = table if bool(filled.all()) else table.masked(filled)
+        self.carried = {seen: gather_heads(padded(sums, stays.shape[2]), kept) for seen, sums in self.carried.items()}
+
     def _take_rows(self, take: Callable[[Tensor], Tensor]) -> None:
         if not self.is_initialized:
             return
+        self._check_nothing_deferred()
         keys, values = self.storage.read()
         self.storage.replace(take(keys), take(values))
         self.table = None if self.table is None else self.table.map(take)
@@ -366,13 +389,11 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.rho = None if self.rho is None else take(self.rho)
         self.carried = {seen: take(sums) for seen, sums in self.carried.items()}
 
+    def _check_nothing_deferred(self) -> None:
+        if self.forwards:
+            raise UnsupportedUseError("the cache has deferred its compression; call cache.finish() before changing it")
+
     def _move(self, device: torch.device) -> None:
         if self.is_initialized:
             keys, values = self.storage.read()
             self.storage.replace(keys.to(device), values.to(device))
-
-
-def _next_positions(positions: Tensor, batch: int) -> Tensor:
-    """Return the position of the token that follows, `(axes, batch)`: one more than the largest of any axis."""
-    largest = positions.expand(-1, batch, -1).amax(dim=(0, 2))
-    return (largest + 1).expand(positions.shape[0], -1)

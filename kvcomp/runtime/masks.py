@@ -20,7 +20,7 @@ def row_validity(mask: Tensor | None, batch: int, new: int) -> Tensor | None:
     """
     if mask is None:
         return None
-    valid = visible(mask[:, 0, -1, -new:]).expand(batch, new)
+    valid = visible(mask[:, 0, -1, -new:]).expand(batch, new).clone()  # a view would keep the whole mask alive
     return None if bool(valid.all()) else valid  # one sync per layer, and only where transformers built a mask
 
 

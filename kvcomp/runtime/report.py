@@ -96,9 +96,9 @@ class Report:
 def report_layer(number: int, layer: CompressedCacheLayer) -> LayerReport:
     """Return the numbers of one layer; everything about merging follows from the counts of its slots."""
     table = layer.all_slots()
-    keys, values = layer.keys, layer.values
-    if table is None or keys is None or values is None:
+    if table is None:
         return LayerReport(number, (), (), (), (), (), 0, 0)
+    keys, values = layer.storage.read()
     tokens = layer.tokens + layer.tail
     slots = table.valid.sum(dim=-1).double().mean(dim=-1).cpu()
     kept_or_merged = table.counts.double().sum(dim=-1).mean(dim=-1).cpu()

@@ -145,6 +145,7 @@ def compress(
         yield cache
     finally:
         session.detach()
+    cache.check_attended()
     if not cache.used:
         warnings.warn(
             "the cache of compress() was never used; pass it to the model: model.generate(..., past_key_values=cache)",
@@ -163,7 +164,7 @@ def load_cache(path: str | Path, model: nn.Module) -> CompressedCache:
     """
     path = Path(path)
     cache = _empty_cache(model, saved_strategy(path), defer=False, reserve=None)
-    fill_cache(cache, path, next(model.parameters()).device)
+    fill_cache(cache, path, model)
     return cache
 
 
@@ -234,7 +235,7 @@ def _note_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def _note_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     inputs = _named(module, args, kwargs)
     if cache := _cache_in(inputs):
-        cache.note_positions(inputs.get("position_ids"))
+        cache.note_positions(inputs)
 
 
 def _end_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
-from kvcomp.core.types import CompressedLayer
+from kvcomp.core.types import CompressedLayer, Pivots
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +86,15 @@ class SlotTable:
         counts = self.counts.masked_fill(~stays, 0.0)
         return SlotTable(indices, columns, counts, self.modality, self.positions, stays)
 
+    def together(self, per_slot: Tensor, empty: int) -> Tensor:
+        """Return `(batch, kv_heads, slots, ...)` with the empty slots of each head at its end, set to `empty`."""
+        if self.mask is None:
+            return per_slot
+        slots = int(self.mask.sum(dim=-1).max())
+        order = Pivots((~self.mask).to(torch.uint8).argsort(dim=-1, stable=True)[..., :slots])
+        filled = order.gather(self.mask)
+        return order.gather(per_slot).masked_fill(~(filled if per_slot.dim() == 3 else filled[..., None]), empty)
+
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the tensors that hold the table."""
         entries = (self.indices, self.columns, self.counts, self.modality, self.positions)
@@ -133,3 +144,20 @@ def new_tokens(
 
 def _per_head(shape: tuple[int, int, int]) -> Callable[[Tensor], Tensor]:
     return lambda entry: entry.expand(shape) if entry.dim() == 0 else entry[:, None].expand(shape)
+
+
+def gather_heads(per_head: Tensor, slots: Pivots) -> Tensor:
+    """Return what `(batch, heads, tokens)` holds at the slots of each head's KV head, `(batch, heads, slots)`."""
+    grouped = rearrange(per_head, "b (kv group) t -> b kv t group", kv=slots.indices.shape[1])
+    return rearrange(slots.gather(grouped), "b kv t group -> b (kv group) t")
+
+
+def padded(sums: Tensor, slots: int) -> Tensor:
+    """Return `(batch, heads, slots)` with zeros for the slots that came later."""
+    return F.pad(sums, (0, slots - sums.shape[-1]))
+
+
+def positions_after(positions: Tensor, batch: int) -> Tensor:
+    """Return the position of the token that follows, `(axes, batch)`: one more than the largest of any axis."""
+    largest = positions.expand(-1, batch, -1).amax(dim=(0, 2))
+    return (largest + 1).expand(positions.shape[0], -1)

@@ -12,6 +12,8 @@ from kvcomp.runtime.layer import CompressedCacheLayer
 # What a layer is, beside its storage. All of it is replaced when it changes, never changed in place.
 STATE = (
     "is_initialized",
+    "dtype",
+    "device",
     "table",
     "tokens",
     "next_positions",

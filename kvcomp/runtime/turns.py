@@ -62,13 +62,13 @@ def _new_media(model: Any, inputs: Mapping[str, Any], seen: int) -> dict[str, Te
     """Return pixels and grids of the images and videos whose placeholders the cache has not seen."""
     fresh: dict[str, Tensor] = {}
     for kind, (pixels, grid) in MEDIA.items():
-        if inputs.get(pixels) is None:
+        token = getattr(model.config, f"{kind}_token_id", None)
+        if inputs.get(pixels) is None or not bool((inputs["input_ids"][:, seen:] == token).any()):
             continue
         if inputs.get(grid) is None or inputs["input_ids"].shape[0] != 1:
             raise UnsupportedUseError(
                 f"later turns with {kind}s need one conversation per cache and a model whose processor gives {grid!r}"
             )
-        token = getattr(model.config, f"{kind}_token_id")
         before = int((inputs["input_ids"][0, :seen] == token).sum())
         patches = inputs[grid].prod(dim=1)
         merged = model.config.vision_config.spatial_merge_size**2

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from einops import rearrange
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from kvcomp.core.types import LayerView
+
+
+def _odd(kernel: int) -> int:
+    if kernel % 2 == 0:
+        raise ValueError("must be odd, so that the pooled score stays at its token")
+    return kernel
+
+
+Kernel = Annotated[int, Field(ge=1), AfterValidator(_odd)]
+"""Width of a pooling window."""
 
 
 def last_tokens(layer: LayerView, count: Tensor) -> Tensor:

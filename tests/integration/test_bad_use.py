@@ -3,7 +3,7 @@
 import pytest
 import torch
 from inference import generate
-from models import image_inputs, text_inputs, tiny_llama, tiny_qwen_vl
+from models import image_inputs, text_inputs, tiny_llama, tiny_qwen3, tiny_qwen_vl
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
@@ -135,3 +135,57 @@ def test_a_budget_that_is_ignored_warns():
     ):
         generate(model, text_inputs(20), cache)
     assert cache.layers[0].keys.shape[2] == 27
+
+
+def test_assisted_decoding_is_refused_before_the_first_token():
+    model = tiny_llama()
+    prompt = {"input_ids": torch.tensor([[5, 6, 7, 8] * 10])}
+    with (
+        pytest.raises(kvcomp.UnsupportedUseError, match="prompt-lookup decoding"),
+        kvcomp.compress(model, "h2o", budget=0.3) as cache,
+    ):
+        model.generate(**prompt, past_key_values=cache, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3)
+
+
+def test_another_shorter_prompt_is_refused():
+    model = tiny_llama()
+    with kvcomp.compress(model, "snapkv", budget=0.5) as cache:
+        generate(model, text_inputs(40), cache)
+        with pytest.raises(kvcomp.UnsupportedUseError, match="belongs to one conversation"):
+            generate(model, text_inputs(30), cache)
+
+
+def test_a_cache_of_another_model_is_refused():
+    model, other = tiny_llama(), tiny_llama(seed=1)
+    with (
+        pytest.raises(kvcomp.UnsupportedUseError, match="works with the model that it was made for"),
+        kvcomp.compress(model, "h2o", budget=0.3) as cache,
+    ):
+        generate(other, text_inputs(30), cache)
+
+
+def test_the_inner_part_of_a_multimodal_model_is_refused():
+    model, inputs = tiny_qwen_vl(), image_inputs()
+    with (
+        pytest.raises(kvcomp.UnsupportedUseError, match="call the whole model"),
+        kvcomp.compress(model, "flowmm", budget=0.5) as cache,
+        torch.no_grad(),
+    ):
+        model.model(**inputs, past_key_values=cache)
+
+
+def test_the_inner_part_of_a_text_model_works():
+    model = tiny_llama()
+    with kvcomp.compress(model, "flowmm", budget=0.5) as cache, torch.no_grad():
+        model.model(**text_inputs(30), past_key_values=cache)
+    assert cache.layers[0].keys.shape[2] == 15
+
+
+def test_a_file_of_another_model_is_refused(tmp_path):
+    model = tiny_llama()
+    with kvcomp.compress(model, "snapkv", budget=0.5) as cache:
+        generate(model, text_inputs(20), cache)
+    cache.save(tmp_path / "cache.safetensors")
+    for other in (tiny_qwen3(), tiny_llama().to(torch.bfloat16)):
+        with pytest.raises(kvcomp.InputError, match="a cache of another model"):
+            kvcomp.load_cache(tmp_path / "cache.safetensors", other)

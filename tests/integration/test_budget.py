@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from inference import COMPRESSING, generate, quiet_prefill
+from inference import COMPRESSING, generate, left_padded, quiet_prefill
 from models import image_inputs, text_inputs, tiny_llama, tiny_qwen3, tiny_qwen_vl
 
 import kvcomp
@@ -110,3 +110,11 @@ def test_bookkeeping_is_at_most_five_percent_at_head_dim_128_in_bfloat16():
     model = type(tiny_llama())(config).to(torch.bfloat16).eval()
     report = quiet_prefill(model, text_inputs(400), "flowmm", 0.2).report()
     assert report.bookkeeping_bytes <= 0.05 * report.allocated_bytes
+
+
+def test_bookkeeping_grows_with_tokens_and_not_with_their_square():
+    sizes = []
+    for tokens in (100, 200):
+        rows = left_padded([text_inputs(length)["input_ids"] for length in (tokens, tokens // 2)])
+        sizes.append(quiet_prefill(tiny_llama(), rows, "full", None).report().bookkeeping_bytes)
+    assert sizes[1] <= 2.1 * sizes[0]

@@ -148,3 +148,34 @@ def test_a_turn_that_adds_nothing_is_refused():
         turn = cache.next_turn(model, input_ids=text_inputs(30)["input_ids"])
     assert turn["past_key_values"] is cache
     assert "position_ids" not in turn
+
+
+def test_a_snapshot_in_another_cache_shares_no_room():
+    model, inputs = tiny_llama(), text_inputs(40)
+    session = kvcomp.attach(model)
+    first, second = session.cache("snapkv", 0.5), session.cache("snapkv", 0.5)
+    token = {"input_ids": torch.tensor([[5]])}
+    with torch.no_grad():
+        model(**inputs, past_key_values=first)
+        model(**token, past_key_values=first)
+        second.restore(first.snapshot())
+        model(input_ids=torch.tensor([[6]]), past_key_values=first)
+        keys = first.layers[0].keys.clone()
+        model(input_ids=torch.tensor([[7]]), past_key_values=second)
+    session.detach()
+    assert torch.equal(first.layers[0].keys, keys)
+    assert torch.equal(second.layers[0].keys[:, :, :-1], keys[:, :, :-1])
+
+
+def test_images_of_earlier_turns_do_not_stop_a_batch_from_going_on():
+    model, inputs = tiny_qwen_vl(), image_inputs()
+    twice = {name: torch.cat([value, value]) for name, value in inputs.items()}
+    session = kvcomp.attach(model)
+    cache = session.cache("flowmm", 1.0)
+    first = generate(model, twice, cache, 4).sequences
+    ids = torch.cat([first, torch.tensor([[7, 8, 9]] * 2)], dim=1)
+    turn = twice | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    turn["mm_token_type_ids"] = (ids == IMAGE_TOKEN).int()
+    output = model.generate(**cache.next_turn(model, **turn), max_new_tokens=5, do_sample=False)
+    session.detach()
+    assert torch.equal(output, generate_stock(model, turn, 5).sequences)

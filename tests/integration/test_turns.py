@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from inference import COMPRESSING, RECIPES, generate, generate_stock
+from inference import COMPRESSING, RECIPES, generate, generate_stock, left_padded
 from models import text_inputs, tiny_llama
 
 import kvcomp
@@ -107,3 +107,66 @@ def test_reset_makes_a_cache_new():
         cache.reset()
         assert cache.get_seq_length() == 0
         assert torch.equal(generate(model, inputs, cache).sequences, first)
+
+
+def test_crop_keeps_what_was_decoded_in_rows_that_hold_fewer_slots():
+    model = tiny_llama()
+    rows = left_padded([text_inputs(tokens, seed=tokens)["input_ids"] for tokens in (50, 20)])
+    with kvcomp.compress(model, "streaming-llm", budget=0.2) as cache:
+        generate(model, rows, cache, 6)
+        assert cache.layers[0].indices[1, 0].tolist()[:9] == [16, 17, 18, 19, 20, 21, 22, 23, 24]
+        cache.crop(-1)
+    assert cache.layers[0].indices[1, 0].tolist()[:8] == [16, 17, 18, 19, 20, 21, 22, 23]
+    assert cache.layers[0].indices[0, 0].tolist()[-5:] == [49, 50, 51, 52, 53]
+
+
+def test_empty_slots_stand_at_the_end_of_a_row_and_are_zero():
+    model = tiny_llama()
+    rows = left_padded([text_inputs(tokens, seed=tokens)["input_ids"] for tokens in (50, 20)])
+    with kvcomp.compress(model, "h2o", budget=0.2) as cache:
+        generate(model, rows, cache, 5)
+    layer = cache.layers[0]
+    assert layer.indices[1].ge(0).sum(-1).tolist() == [8, 8]
+    assert (layer.indices[1, :, 8:] == -1).all()
+    assert not layer.keys[1, :, 8:].any()
+    assert not layer.counts[1, :, 8:].any()
+
+
+def test_sums_of_cropped_tokens_are_forgotten():
+    model, ids = tiny_llama(), text_inputs(60)["input_ids"]
+    with kvcomp.compress(model, "h2o", budget=0.5) as cache, torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids[:, :1], past_key_values=cache)
+        cache.crop(-21)
+        (sums,) = cache.layers[0].carried.values()
+    assert sums.shape[2] == cache.layers[0].keys.shape[2]
+
+
+CHANGES = {
+    "crop": lambda cache: cache.crop(-5),
+    "reorder": lambda cache: cache.reorder_cache(torch.tensor([0])),
+    "repeat": lambda cache: cache.batch_repeat_interleave(2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_cache_that_waits_to_be_compressed_is_not_changed(change):
+    model = tiny_llama()
+    with kvcomp.compress(model, "snapkv", budget=0.3, defer=True) as cache, torch.no_grad():
+        model(**text_inputs(40), past_key_values=cache)
+        with pytest.raises(kvcomp.UnsupportedUseError, match=r"cache\.finish"):
+            change(cache)
+        cache.finish()
+        cache.batch_repeat_interleave(2)
+    assert cache.layers[0].keys.shape[:3] == (2, 2, 12)
+
+
+def test_a_cache_may_leave_inference_mode():
+    model, inputs = tiny_llama(), text_inputs(30)
+    with kvcomp.compress(model, "snapkv", budget=0.5) as cache:
+        with torch.inference_mode():
+            model(**inputs, past_key_values=cache)
+            model(input_ids=inputs["input_ids"][:, :1], past_key_values=cache)
+        with torch.no_grad():
+            model(input_ids=inputs["input_ids"][:, :1], past_key_values=cache)
+    assert cache.layers[0].keys.shape[2] == 17

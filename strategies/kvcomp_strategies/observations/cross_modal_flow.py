@@ -37,7 +37,7 @@ class CrossModalFlow(Observation, use="cross-modal-flow"):
     exact: int = Field(default=512, ge=1)
     strata: int = Field(default=128, ge=1)
     rows_used: Literal["sampled", "all"] = "sampled"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**31)
 
     @model_validator(mode="after")
     def _samples_are_fewer(self) -> CrossModalFlow:

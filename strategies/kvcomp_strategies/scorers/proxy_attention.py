@@ -11,7 +11,7 @@ from torch import Tensor
 from kvcomp.core.interfaces import Observation, Scorer
 from kvcomp.core.types import LayerView
 from kvcomp_strategies.observations.window_attention import WindowRows
-from kvcomp_strategies.windows import last_tokens, pool_average, sum_last_rows
+from kvcomp_strategies.windows import Kernel, last_tokens, pool_average, sum_last_rows
 
 
 class ProxyAttention(Scorer, use="proxy-attention"):
@@ -33,7 +33,7 @@ class ProxyAttention(Scorer, use="proxy-attention"):
     recent: float = Field(default=0.0, ge=0.0, le=1.0)
     sinks: int = Field(default=0, ge=0)
     group: Literal["mean", "max"] = "mean"
-    kernel: int = Field(default=1, ge=1)
+    kernel: Kernel = 1
 
     def observations(self) -> tuple[Observation, ...]:
         """Return the last rows."""

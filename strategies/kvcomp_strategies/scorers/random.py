@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pydantic import Field
 from torch import Tensor
 
 from kvcomp.core.interfaces import Scorer
@@ -17,7 +18,7 @@ class Random(Scorer, use="random"):
         seed: another seed gives another choice.
     """
 
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**31)
 
     def score(self, layer: LayerView, slots: Tensor) -> Tensor:
         """Return uniform numbers in [0, 1), `(batch, kv_heads, tokens)` float64: no ties in practice."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from kvcomp.core.interfaces import Observation, Scorer
 from kvcomp.core.types import LayerView
 from kvcomp_strategies.observations.window_attention import WindowRows
-from kvcomp_strategies.windows import group_mean, last_tokens, pool_average, sum_last_rows
+from kvcomp_strategies.windows import Kernel, group_mean, last_tokens, pool_average, sum_last_rows
 
 
 class WindowAttention(Scorer, use="window-attention"):
@@ -28,14 +28,7 @@ class WindowAttention(Scorer, use="window-attention"):
     """
 
     window: int = Field(default=32, ge=1)
-    kernel: int = Field(default=5, ge=1)
-
-    @field_validator("kernel")
-    @classmethod
-    def _odd(cls, kernel: int) -> int:
-        if kernel % 2 == 0:
-            raise ValueError("must be odd, so that the pooled score stays at its token")
-        return kernel
+    kernel: Kernel = 5
 
     def observations(self) -> tuple[Observation, ...]:
         """Return the last rows."""

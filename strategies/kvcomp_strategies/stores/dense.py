@@ -24,6 +24,11 @@ class Buffers:
         """Return for how many slots there is room."""
         return self.keys.shape[2]
 
+    @property
+    def frozen(self) -> bool:
+        """Return whether the buffers were made in inference mode, and may not be written to outside of it."""
+        return self.keys.is_inference() and not torch.is_inference_mode_enabled()
+
     def grown(self, filled: int, capacity: int) -> Buffers:
         """Return larger buffers with the filled slots copied."""
         return Buffers(_grown(self.keys, filled, capacity), _grown(self.values, filled, capacity))
@@ -53,7 +58,7 @@ class DenseStorage(SlotStorage):
             self.replace(keys, values)
             return
         end = self._filled + keys.shape[2]
-        if end > self._buffers.capacity or self._filled < self._buffers.held:
+        if end > self._buffers.capacity or self._filled < self._buffers.held or self._buffers.frozen:
             self._buffers = self._buffers.grown(self._filled, self._room(end))
         self._buffers.keys[:, :, self._filled : end] = keys
         self._buffers.values[:, :, self._filled : end] = values
@@ -70,15 +75,17 @@ class DenseStorage(SlotStorage):
             return 0
         return self._buffers.keys.untyped_storage().nbytes() + self._buffers.values.untyped_storage().nbytes()
 
-    def snapshot(self) -> tuple[Buffers | None, int]:
-        """Return the buffers and how much of them is filled."""
+    def snapshot(self) -> tuple[DenseStorage, Buffers | None, int]:
+        """Return whose buffers these are, the buffers, and how much of them is filled."""
         if self._buffers is not None:
             self._buffers.held = max(self._buffers.held, self._filled)
-        return self._buffers, self._filled
+        return self, self._buffers, self._filled
 
-    def restore(self, snapshot: tuple[Buffers | None, int]) -> None:
-        """Hold the slots of a snapshot."""
-        self._buffers, self._filled = snapshot
+    def restore(self, snapshot: tuple[DenseStorage, Buffers | None, int]) -> None:
+        """Hold the slots of a snapshot; those of another storage are shared and never written to."""
+        owner, self._buffers, self._filled = snapshot
+        if owner is not self and self._buffers is not None:
+            self._buffers = Buffers(self._buffers.keys, self._buffers.values, held=self._buffers.capacity + 1)
 
     def _room(self, end: int) -> int:
         if self._reserve is not None and self._reserve >= end - self._filled:

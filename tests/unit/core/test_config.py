@@ -8,7 +8,7 @@ import pytest
 
 import kvcomp
 from kvcomp import Budget, ConfigError, InputError, UnknownNameError
-from kvcomp.core.config import load_document, recipe_document
+from kvcomp.core.config import DEFAULT_PARTS, load_document, recipe_document
 from kvcomp.core.registry import registry
 
 TOP_K = {"scorer": "position", "selector": "top-k"}
@@ -241,3 +241,34 @@ def test_a_strategy_with_a_base_that_is_itself_is_refused(tmp_path: Path) -> Non
 def test_a_source_of_no_known_kind_is_refused(source: object) -> None:
     with pytest.raises(kvcomp.KVCompError, match="recipe name"):
         kvcomp.strategy(source)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["policy", "allocator", "matcher", "merger", "store"])
+def test_an_empty_part_is_the_default(kind: str) -> None:
+    document = {"budget": 0.5, "scorer": "random", "selector": "top-k", kind: None}
+    assert kvcomp.strategy(document) == kvcomp.strategy({**document, kind: DEFAULT_PARTS[kind]})
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("scorer: random\nscorer: position\nselector: top-k\n")
+    with pytest.raises(kvcomp.InputError, match="the key 'scorer' stands twice"):
+        kvcomp.strategy(path)
+
+
+def test_conflicts_are_listed_with_the_other_faults() -> None:
+    with pytest.raises(kvcomp.ConfigError) as caught:
+        kvcomp.strategy({"budget": 1.4, "scorer": "random", "selector": "top-k", "matcher": "nearest", "name": [1]})
+    assert len(caught.value.faults) == 3
+    assert "matcher: 'nearest' needs merging" in str(caught.value)
+
+
+def test_an_override_of_a_part_that_is_no_part_is_a_fault() -> None:
+    with pytest.raises(kvcomp.ConfigError, match="scorer: must be a name"):
+        kvcomp.strategy({"scorer": [1], "selector": "top-k"}, **{"scorer.seed": 3})
+
+
+@pytest.mark.parametrize("change", [{"scorer.kernel": 4}, {"policy.strata": 0}])
+def test_settings_that_would_fail_later_are_refused_now(change: dict[str, int]) -> None:
+    with pytest.raises(kvcomp.ConfigError, match="must be"):
+        kvcomp.strategy("flowmm", **change)
