@@ -35,8 +35,18 @@ def encode_prompt(processor: Any, prompt: str, images: Sequence[Image.Image], mu
     A text model without a chat template is given the prompt as it is.
 
     Raises:
-        InputError: a multimodal processor has no chat template, so nothing says where the images go.
+        InputError: a multimodal processor has no chat template, so nothing says where the images go; or the processor
+            refuses an image or the prompt.
     """
+    try:
+        return _encode(processor, prompt, images, multimodal)
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"the model's processor cannot use this prompt: {error}") from None
+
+
+def _encode(processor: Any, prompt: str, images: Sequence[Image.Image], multimodal: bool) -> Mapping[str, Any]:
     if getattr(processor, "chat_template", None):
         content: Any = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": prompt}]
         messages = [{"role": "user", "content": content if multimodal else prompt}]

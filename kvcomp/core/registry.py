@@ -122,8 +122,8 @@ class Registry:
         hooks: dict[str, Callable[[Any], tuple[str, str]]] = {
             "kvcomp_parts": _part_key,
             "kvcomp_recipes": _recipe_key,
-            "kvcomp_adapters": lambda adapter: ("adapter", adapter.use),
-            "kvcomp_tasks": lambda task: ("task", task.name),
+            "kvcomp_adapters": _adapter_key,
+            "kvcomp_tasks": lambda task: ("task", _text(task.name)),
             "kvcomp_testbeds": lambda folder: ("testbed", Path(folder).name),
         }
         for hook, key in hooks.items():
@@ -150,7 +150,19 @@ def _part_key(part: Any) -> tuple[str, str]:
 
 
 def _recipe_key(recipe: Path | dict[str, Any]) -> tuple[str, str]:
-    return "recipe", recipe["name"] if isinstance(recipe, dict) else Path(recipe).stem
+    return "recipe", _text(recipe["name"]) if isinstance(recipe, dict) else Path(recipe).stem
+
+
+def _adapter_key(adapter: Any) -> tuple[str, str]:
+    if not all(hasattr(adapter, name) for name in ("use", "generic", "matches", "modality")):
+        raise TypeError(f"an adapter must be a subclass of kvcomp.ModelAdapter, got {adapter!r}")
+    return "adapter", _text(adapter.use)
+
+
+def _text(name: Any) -> str:
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"a name must be a text, got {name!r}")
+    return name
 
 
 def _without_clashes(entries: Iterable[Entry]) -> tuple[Entry, ...]:

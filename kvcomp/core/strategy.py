@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.core.budget import Budget
-from kvcomp.core.errors import ConfigError
+from kvcomp.core.errors import BudgetError, ConfigError, UnsupportedUseError
 from kvcomp.core.interfaces import (
     BudgetAllocator,
     LayerPolicy,
@@ -92,6 +92,7 @@ class Strategy:
     def scores(self, layer: LayerView, slots: Tensor | None = None) -> Scores:
         """Return the importance and the protection of each token. `slots` is the uniform share, `(batch,)`."""
         slots = self._share(layer) if slots is None else slots
+        self._check_observed(layer)
         protected = torch.zeros_like(layer.valid)
         if self.scorer is None:
             return Scores(torch.zeros(layer.shape, device=layer.keys.device), protected)
@@ -102,7 +103,14 @@ class Strategy:
     def allocate(self, slots: Tensor, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Tensor:
         """Return the slots of every head, `(layers, batch, kv_heads)`, none above what the head holds."""
         held = torch.stack([layer.valid.sum(dim=-1) for layer in layers]).cpu()
-        return self.allocator.allocate(slots, layers, scores).minimum(held)
+        allotted = self.allocator.allocate(slots, layers, scores)
+        given, request = allotted.sum(dim=(0, 2)), slots * allotted[:, 0].numel()
+        if bool((given > request).any()) or bool((allotted < 1).any()):
+            raise BudgetError(
+                f"an allocator must give every head at least 1 slot and all of them no more than the request; "
+                f"{self.allocator.use!r} gave {given.tolist()} of {request.tolist()}, at least {int(allotted.min())}"
+            )
+        return allotted.minimum(held)
 
     def plan(self, layer: LayerView, slots: Tensor | None = None, scores: Scores | None = None) -> MergePlan:
         """Return what happens to this layer, as data.
@@ -144,6 +152,14 @@ class Strategy:
             positions=torch.stack([pivots.gather(axis) for axis in layer.positions]),
             mask=pivots.mask,
         )
+
+    def _check_observed(self, layer: LayerView) -> None:
+        missing = [seen.use for seen in self.observations if seen not in layer.observations]
+        if missing:
+            raise UnsupportedUseError(
+                f"strategy {self.name!r} reads attention statistics that the view does not hold: {', '.join(missing)}; "
+                "kvcomp.core.attention.observe(inputs, strategy.observations) computes them"
+            )
 
     def _share(self, layer: LayerView) -> Tensor:
         itemsize = layer.keys.element_size()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from kvcomp.core.errors import PluginWarning
 from kvcomp.core.registry import registry
 
 
@@ -50,6 +52,12 @@ def adapter_for(config: Any) -> ModelAdapter:
     """Return the first registered adapter that matches the configuration, the specific ones before the generic."""
     adapters: list[type[ModelAdapter]] = [entry.value for entry in registry.entries("adapter")]
     for adapter in sorted(adapters, key=lambda adapter: adapter.generic):
-        if adapter.matches(config):
-            return adapter(config)
+        try:
+            matches = adapter.matches(config)
+        except Exception as error:
+            message = f"adapter {adapter.use!r} failed and was skipped: {type(error).__name__}: {error}"
+            warnings.warn(message, PluginWarning, stacklevel=2)
+        else:
+            if matches:
+                return adapter(config)
     raise AssertionError("the generic adapter matches every configuration")

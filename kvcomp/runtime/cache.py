@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from kvcomp.core.errors import UnsupportedModelError, UnsupportedUseError
+from kvcomp.core.errors import InputError, UnsupportedModelError, UnsupportedUseError
 from kvcomp.core.strategy import Strategy
 from kvcomp.core.types import LayerView, Scores
 from kvcomp.runtime.adapter import ModelAdapter
@@ -44,6 +45,8 @@ class CompressedCache(Cache):
         defer: bool = False,
         reserve: int | None = None,
     ) -> None:
+        if reserve is not None and (type(reserve) is not int or reserve < 1):
+            raise InputError(f"reserve must be a whole number of slots, at least 1, got {reserve!r}")
         stock = DynamicCache(config=config).layers
         full = [number for number, layer in enumerate(stock) if type(layer) is DynamicLayer]
         if not full:
@@ -54,7 +57,7 @@ class CompressedCache(Cache):
         self.defer = defer
         self.reserve = reserve
         self.compressed_layers: dict[int, CompressedCacheLayer] = {
-            number: CompressedCacheLayer(self, place, len(full)) for place, number in enumerate(full)
+            number: CompressedCacheLayer(weakref.proxy(self), place, len(full)) for place, number in enumerate(full)
         }
         self._modality: Tensor | None = None
         self._positions: Tensor | None = None

@@ -155,6 +155,8 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         target = self.seen + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
         if target >= self.seen or not self.is_initialized:
             return
+        if self.forwards:
+            raise UnsupportedUseError("the cache has deferred its compression; call cache.finish() before cropping it")
         if self.trimmed and self.tail == 0:
             raise UnsupportedUseError(
                 "tokens were removed right after they were compressed, as assisted and prompt-lookup decoding do; they "
@@ -367,7 +369,6 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def _take_slots(self, stays: Tensor, table: SlotTable) -> None:
         """Hold the slots of a table of all slots that stay, `(batch, kv_heads, slots)`, moved together."""
-        self._check_nothing_deferred()
         slots = int(stays.sum(dim=-1).max())
         order = (~stays).to(torch.uint8).argsort(dim=-1, stable=True)[..., :slots]
         kept, filled = Pivots(order), stays.gather(2, order)
@@ -380,7 +381,8 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def _take_rows(self, take: Callable[[Tensor], Tensor]) -> None:
         if not self.is_initialized:
             return
-        self._check_nothing_deferred()
+        if self.forwards:  # beams are reordered right after the prefill
+            self.request.finish()
         keys, values = self.storage.read()
         self.storage.replace(take(keys), take(values))
         self.table = None if self.table is None else self.table.map(take)
@@ -388,10 +390,6 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.next_positions = None if self.next_positions is None else take(self.next_positions.T).T
         self.rho = None if self.rho is None else take(self.rho)
         self.carried = {seen: take(sums) for seen, sums in self.carried.items()}
-
-    def _check_nothing_deferred(self) -> None:
-        if self.forwards:
-            raise UnsupportedUseError("the cache has deferred its compression; call cache.finish() before changing it")
 
     def _move(self, device: torch.device) -> None:
         if self.is_initialized:

@@ -61,6 +61,7 @@ class Session:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.open = True
+        _decoder(model)  # refuses what is no model before it becomes a key
         with _lock:
             attachment = _attachments.get(model) or Attachment(model)
             attachment.sessions += 1

@@ -189,3 +189,19 @@ def test_a_file_of_another_model_is_refused(tmp_path):
     for other in (tiny_qwen3(), tiny_llama().to(torch.bfloat16)):
         with pytest.raises(kvcomp.InputError, match="a cache of another model"):
             kvcomp.load_cache(tmp_path / "cache.safetensors", other)
+
+
+@pytest.mark.parametrize("reserve", [0, -5, 10.5])
+def test_a_reserve_that_is_no_number_of_slots_is_refused(reserve):
+    model = tiny_llama()
+    with (
+        pytest.raises(kvcomp.InputError, match="reserve must be a whole number"),
+        kvcomp.compress(model, "h2o", reserve=reserve),
+    ):
+        pass
+    assert _implementations(model) == {"sdpa"}
+
+
+def test_nothing_is_no_model():
+    with pytest.raises(kvcomp.UnsupportedModelError, match="got NoneType"):
+        kvcomp.attach(None)

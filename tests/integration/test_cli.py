@@ -251,6 +251,13 @@ def test_an_image_that_is_no_image(vision_model, tmp_path):
     assert f"this one is not: {tmp_path / 'notes.txt'}" in result.stderr
 
 
+def test_an_image_that_the_processor_refuses(vision_model, tmp_path):
+    Image.new("RGB", (2000, 5)).save(tmp_path / "thin.png")
+    result = call("run", "--model", vision_model, "--prompt", "hi", "--image", tmp_path / "thin.png")
+    assert result.exit_code == 2
+    assert "the model's processor cannot use this prompt: absolute aspect ratio" in result.stderr
+
+
 @pytest.mark.parametrize("budget", ["0", "1.5", "-0.1", "many", "0t"])
 def test_a_budget_that_cannot_be_read_or_is_out_of_range(vision_model, budget):
     result = call("run", "--model", vision_model, "--prompt", "hi", f"--budget={budget}")

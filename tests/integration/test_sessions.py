@@ -1,6 +1,8 @@
 """A model is changed only while a session is open, and left as it was."""
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -102,3 +104,17 @@ def test_arguments_may_be_positional():
     with kvcomp.compress(model, "flowmm", budget=0.3) as cache, torch.no_grad():
         model(inputs["input_ids"], inputs["attention_mask"], None, cache, **by_name)
     assert cache.report().layers[0].rho[0] > 0
+
+
+@pytest.mark.parametrize("recipe", ["flowmm", "h2o", "full"])
+def test_a_dropped_cache_is_freed_at_once(recipe):
+    model, inputs = tiny_llama(), text_inputs(60)
+    gc.disable()
+    try:
+        with kvcomp.compress(model, recipe) as cache:
+            generate(model, inputs, cache)
+        alive = weakref.ref(cache.layers[0])
+        del cache
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -196,3 +196,20 @@ def test_many_threads_see_the_same_entries() -> None:
         thread.join()
     assert len(seen) == 8
     assert len(set(map(len, seen))) == 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "hooks",
+    [
+        {"kvcomp_recipes": [{"name": 3}]},
+        {"kvcomp_adapters": [types.SimpleNamespace(use="half")]},
+        {"kvcomp_tasks": [types.SimpleNamespace(name="")]},
+    ],
+    ids=["a recipe's name is a number", "an adapter is none", "a task has no name"],
+)
+def test_a_plugin_that_gives_nonsense_is_named_and_skipped(hooks: dict) -> None:
+    mine = Registry(discover=lambda: [])
+    mine.register(plugin(**hooks), "nonsense", package="kvcomp-nonsense")
+    mine.register(Plugin(), "sound")
+    with pytest.warns(PluginWarning, match="kvcomp-nonsense"):
+        assert [entry.name for entry in mine.entries("recipe")] == ["norms-of-this-test"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
@@ -12,7 +13,7 @@ from kvcomp_strategies.scorers.position import Position
 from torch import Tensor
 
 import kvcomp
-from kvcomp import ConfigError, LayerView
+from kvcomp import BudgetAllocator, BudgetError, ConfigError, LayerView, Scores, UnsupportedUseError
 from kvcomp.core.budget import Budget
 from kvcomp.testing import make_sample, run, view_for
 
@@ -149,3 +150,27 @@ def test_nine_tokens_at_a_tenth_keep_one_slot() -> None:
     for recipe in ("flowmm", "h2o", "snapkv", "random", "streaming-llm"):
         seen = run(kvcomp.strategy(recipe, 0.1), make_sample(1, (9,)))
         assert seen.pivots.indices.shape == (1, 2, 1), recipe
+
+
+class Spendthrift(BudgetAllocator, use="spendthrift"):
+    """Gives every head a multiple of its share."""
+
+    factor: int
+
+    def allocate(self, slots: Tensor, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Tensor:
+        batch, kv_heads, _ = layers[0].shape
+        return self.factor * slots[None, :, None].expand(len(layers), batch, kv_heads)
+
+
+@pytest.mark.parametrize("factor", [0, 5])
+def test_an_allocator_that_gives_nothing_or_too_much_is_refused(factor: int) -> None:
+    strategy = replace(kvcomp.strategy("random", 0.2), allocator=Spendthrift(factor=factor))
+    with pytest.raises(BudgetError, match="'spendthrift' gave"):
+        run(strategy, make_sample(0, (30,)))
+
+
+def test_a_view_without_the_declared_statistics_is_refused() -> None:
+    strategy = kvcomp.strategy("flowmm", 0.3)
+    view = replace(view_for(strategy, make_sample(0, (30,))), observations={})
+    with pytest.raises(UnsupportedUseError, match="cross-modal-flow, window-attention"):
+        strategy.plan(view)
