@@ -105,7 +105,7 @@ class Strategy:
         held = torch.stack([layer.valid.sum(dim=-1) for layer in layers]).cpu()
         allotted = self.allocator.allocate(slots, layers, scores)
         given, request = allotted.sum(dim=(0, 2)), slots * allotted[:, 0].numel()
-        if bool((given > request).any()) or bool((allotted < 1).any()):
+        if bool((given > request).any()) or bool((allotted < slots.clamp(max=1)[:, None]).any()):
             raise BudgetError(
                 f"an allocator must give every head at least 1 slot and all of them no more than the request; "
                 f"{self.allocator.use!r} gave {given.tolist()} of {request.tolist()}, at least {int(allotted.min())}"

@@ -93,12 +93,14 @@ class CompressedCache(Cache):
             UnsupportedUseError: new media in a batch, or of a family whose processor gives no grids.
         """
         first = next(iter(self.compressed_layers.values()))
+        if "mm_token_type_ids" not in inputs and (modality := self.adapter.modality(inputs)) is not None:
+            inputs["mm_token_type_ids"] = modality.int()
         arguments = next_turn_arguments(model, inputs, self.get_seq_length(), first.upcoming_positions())
         return {**arguments, "past_key_values": self}
 
     def snapshot(self) -> Snapshot:
         """Return the cache as it is now, sharing its memory. It stays valid whatever the cache does next."""
-        return Snapshot.of(self.layers)
+        return Snapshot.of(self.layers, self.strategy)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Make the cache what it was when the snapshot was taken; any number of times.
@@ -108,6 +110,11 @@ class CompressedCache(Cache):
             model.generate(**question, past_key_values=cache)
             cache.restore(context)
         """
+        if snapshot.strategy != self.strategy:
+            raise UnsupportedUseError(
+                f"the snapshot is of a cache with strategy {snapshot.strategy.name!r} at {snapshot.strategy.budget}, "
+                f"and this one has {self.strategy.name!r} at {self.strategy.budget}"
+            )
         snapshot.put_back(self.layers)
 
     def save(self, path: str | Path) -> None:

@@ -163,11 +163,12 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
                 "do not work with a compressed cache"
             )
         table = self._whole_table()
-        removed = self.seen - target
-        self._take_slots((table.columns < target) & table.valid, table)
+        removed, upcoming = self.seen - target, self.upcoming_positions()
+        before = table.columns < target
+        self.table = self._take_slots(before & table.valid if self.trimmed else before, table)
         self.tokens = self.tokens + self.tail - removed
-        if self.next_positions is not None:
-            self.next_positions = self.next_positions + self.tail - removed
+        if upcoming is not None:
+            self.next_positions = upcoming - removed if removed <= self.tail else self.table.positions_at(target)
         self.tail, self.seen = 0, target
 
     def offload(self) -> None:
@@ -214,7 +215,7 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         strategy = self.request.strategy
         prepared = None
         if strategy.turns == "append" and self.compressions:
-            self.rho = None
+            pass  # what comes later stays as it is
         elif self._everything_fits():
             self._observe_only()
         else:
@@ -367,16 +368,16 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             new_tokens((batch, kv_heads, more), start, self.tokens, device=self.device, positions=positions)
         )
 
-    def _take_slots(self, stays: Tensor, table: SlotTable) -> None:
-        """Hold the slots of a table of all slots that stay, `(batch, kv_heads, slots)`, moved together."""
+    def _take_slots(self, stays: Tensor, table: SlotTable) -> SlotTable:
+        """Hold the slots of a table of all slots that stay, `(batch, kv_heads, slots)`, and return their table."""
         slots = int(stays.sum(dim=-1).max())
         order = (~stays).to(torch.uint8).argsort(dim=-1, stable=True)[..., :slots]
         kept, filled = Pivots(order), stays.gather(2, order)
         keys, values = self.storage.read()
         self.storage.replace(kept.gather(keys), kept.gather(values))
-        table = table.map(kept.gather)
-        self.table = table if bool(filled.all()) else table.masked(filled)
         self.carried = {seen: gather_heads(padded(sums, stays.shape[2]), kept) for seen, sums in self.carried.items()}
+        table = table.map(kept.gather)
+        return table if bool(filled.all()) else table.masked(filled)
 
     def _take_rows(self, take: Callable[[Tensor], Tensor]) -> None:
         if not self.is_initialized:

@@ -132,8 +132,7 @@ def compress(
         overrides: `**{"policy.threshold": 0.3}` changes a field, `merger="mean"` replaces a part.
 
     Raises:
-        ConfigError, UnknownNameError, BudgetError: the strategy cannot be built.
-        UnsupportedModelError: the model's cache cannot be compressed.
+        ConfigError, UnknownNameError, BudgetError, UnsupportedModelError: the strategy or the model cannot be used.
 
     Warns:
         UnusedCacheWarning: the block ended and the cache was never passed to the model.

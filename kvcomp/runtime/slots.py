@@ -75,7 +75,7 @@ class SlotTable:
             columns=indices if same else torch.cat([self.columns, other.columns], dim=2),
             counts=torch.cat([self.counts, other.counts], dim=2),
             modality=torch.cat([self.modality, other.modality], dim=2),
-            positions=torch.cat([self.positions, other.positions], dim=3),
+            positions=torch.cat(_same_axes(self.positions, other.positions), dim=3),
             mask=mask,
         )
 
@@ -94,6 +94,12 @@ class SlotTable:
         order = Pivots((~self.mask).to(torch.uint8).argsort(dim=-1, stable=True)[..., :slots])
         filled = order.gather(self.mask)
         return order.gather(per_slot).masked_fill(~(filled if per_slot.dim() == 3 else filled[..., None]), empty)
+
+    def positions_at(self, column: int) -> Tensor:
+        """Return the position of a text token in this column, `(axes, batch)`; what is gone before it counts as text."""
+        held = self.positions.masked_fill(~self.valid, -1).amax(dim=(0, 2, 3))
+        last = self.columns.masked_fill(~self.valid, -1).amax(dim=(1, 2))
+        return (held + column - last).expand(self.positions.shape[0], -1)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the tensors that hold the table."""
@@ -144,6 +150,12 @@ def new_tokens(
 
 def _per_head(shape: tuple[int, int, int]) -> Callable[[Tensor], Tensor]:
     return lambda entry: entry.expand(shape) if entry.dim() == 0 else entry[:, None].expand(shape)
+
+
+def _same_axes(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Return positions with the same number of axes: where text came alone, its one position stands for all three."""
+    axes = max(first.shape[0], second.shape[0])
+    return first.expand(axes, -1, -1, -1), second.expand(axes, -1, -1, -1)
 
 
 def gather_heads(per_head: Tensor, slots: Pivots) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvcomp.core.strategy import Strategy
 from kvcomp.runtime.layer import CompressedCacheLayer
 
 # What a layer is, beside its storage. All of it is replaced when it changes, never changed in place.
@@ -51,14 +52,16 @@ class LayerSnapshot:
 class Snapshot:
     """A cache at one moment. Layers that are not compressed are copied, since transformers changes them in place."""
 
+    strategy: Strategy
     compressed: Mapping[int, LayerSnapshot]
     others: Mapping[int, Any]
 
     @classmethod
-    def of(cls, layers: list[Any]) -> Snapshot:
+    def of(cls, layers: list[Any], strategy: Strategy) -> Snapshot:
         """Return a snapshot of all layers of a cache."""
         pairs = list(enumerate(layers))
         return cls(
+            strategy,
             {number: LayerSnapshot.of(layer) for number, layer in pairs if isinstance(layer, CompressedCacheLayer)},
             {number: copy.deepcopy(layer) for number, layer in pairs if not isinstance(layer, CompressedCacheLayer)},
         )

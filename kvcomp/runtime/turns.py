@@ -37,8 +37,9 @@ def next_turn_arguments(
         )
     arguments = {"input_ids": ids, "attention_mask": inputs.get("attention_mask", torch.ones_like(ids))}
     fresh = _new_media(model, inputs, seen)
-    if next_positions is None or next_positions.shape[0] == 1:
+    if next_positions is None or not hasattr(getattr(model, "base_model", None), "get_rope_index"):
         return arguments | fresh
+    next_positions = next_positions.expand(3, -1)
     positions = _rope_index(model, inputs) if fresh else _continued(arguments["attention_mask"], seen, next_positions)
     return arguments | fresh | {"position_ids": positions}
 

@@ -179,3 +179,50 @@ def test_images_of_earlier_turns_do_not_stop_a_batch_from_going_on():
     output = model.generate(**cache.next_turn(model, **turn), max_new_tokens=5, do_sample=False)
     session.detach()
     assert torch.equal(output, generate_stock(model, turn, 5).sequences)
+
+
+@pytest.mark.parametrize("recipe", ["flowmm", "full"])
+@pytest.mark.parametrize("images", [0, 3])
+def test_a_plain_second_turn_of_a_multimodal_model_is_that_of_the_stock_cache(recipe, images):
+    model = tiny_qwen_vl()
+    inputs = image_inputs(images=images) if images else text_inputs(20)
+    with kvcomp.compress(model, recipe, budget=1.0) as cache:
+        first = generate(model, inputs, cache, 4).sequences
+        turn = {"input_ids": torch.cat([first, torch.tensor([[7, 8, 9]])], dim=1)}
+        output = generate(model, turn, cache, 4).sequences
+    stock = generate_stock(model, inputs, 4)
+    assert torch.equal(output, generate(model, turn, stock.past_key_values, 4).sequences)
+
+
+def test_a_new_image_needs_no_token_types():
+    model, inputs = tiny_qwen_vl(), image_inputs()
+    session = kvcomp.attach(model)
+    cache = session.cache("flowmm", 1.0)
+    turn = _second_turn(generate(model, inputs, cache, 4).sequences, inputs, image=True)
+    bare = {name: value for name, value in turn.items() if name != "mm_token_type_ids"}
+    with_types, without = cache.next_turn(model, **turn), cache.next_turn(model, **bare)
+    session.detach()
+    assert torch.equal(with_types["position_ids"], without["position_ids"])
+
+
+def test_a_snapshot_of_another_strategy_is_refused():
+    model, inputs = tiny_llama(), text_inputs(20)
+    session = kvcomp.attach(model)
+    first, second = session.cache("snapkv", 0.5), session.cache("h2o", 0.5)
+    generate(model, inputs, first, 2)
+    with pytest.raises(kvcomp.UnsupportedUseError, match=r"'snapkv' at 0\.5, and this one has 'h2o'"):
+        second.restore(first.snapshot())
+    session.detach()
+
+
+def test_positions_after_a_crop_across_images_are_those_of_the_shorter_prompt():
+    model, inputs = tiny_qwen_vl(), image_inputs(images=2)
+    tokens = inputs["input_ids"].shape[1]
+    with kvcomp.compress(model, "flowmm", budget=1.0) as cache, torch.no_grad():
+        model(**inputs, past_key_values=cache)
+        cache.crop(-7)  # the last text and the image's end marker stay away, the images themselves are before
+        turn = cache.next_turn(model, input_ids=torch.cat([inputs["input_ids"][:, :-7], torch.tensor([[7, 8]])], dim=1))
+    whole = model.model.get_rope_index(
+        **{name: inputs[name] for name in ("input_ids", "image_grid_thw", "mm_token_type_ids")}
+    )[0]
+    assert turn["position_ids"][:, 0, tokens - 7].tolist() == [int(whole[:, 0, : tokens - 7].max()) + 1] * 3

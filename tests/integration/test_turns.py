@@ -170,3 +170,37 @@ def test_a_cache_may_leave_inference_mode():
         with torch.no_grad():
             model(input_ids=inputs["input_ids"][:, :1], past_key_values=cache)
     assert cache.layers[0].keys.shape[2] == 17
+
+
+def test_a_padded_cache_that_keeps_everything_goes_on_after_a_crop():
+    model = tiny_llama()
+    rows = left_padded([text_inputs(tokens, seed=tokens)["input_ids"] for tokens in (20, 12)])
+    with kvcomp.compress(model, "full") as cache:
+        said = generate(model, rows, cache, 3).sequences
+        cache.crop(-1)
+        more = torch.cat([said[:, :-2], text_inputs(4, seed=1, batch=2)["input_ids"]], dim=1)
+        mask = torch.cat([rows["attention_mask"], torch.ones(2, 5, dtype=torch.long)], dim=1)
+        output = generate(model, {"input_ids": more, "attention_mask": mask}, cache, 3)
+    stock = generate_stock(model, {"input_ids": more, "attention_mask": mask}, 3)
+    assert torch.allclose(output.logits[0], stock.logits[0], atol=1e-5)
+
+
+def test_room_is_reserved_after_the_last_chunk_too():
+    model, inputs = tiny_llama(), text_inputs(60)
+    with kvcomp.compress(model, "snapkv", budget=0.25, reserve=100) as cache:
+        generate(model, inputs, cache, 2, prefill_chunk_size=20)
+    assert cache.report().reserved_bytes == 3 * 2 * 2 * 16 * 4 * 99
+
+
+def test_rho_of_the_first_turn_stays_where_later_ones_are_appended():
+    _, _, cache = _two_turns(tiny_llama(), "flowmm", 0.4, turns="append")
+    assert cache.layers[0].rho is not None
+
+
+def test_a_row_of_padding_alone_does_no_harm():
+    model = tiny_llama()
+    rows = left_padded([text_inputs(20)["input_ids"], text_inputs(1)["input_ids"]])
+    rows["attention_mask"][1] = 0
+    with kvcomp.compress(model, "h2o", budget=0.5) as cache, torch.no_grad():
+        model(**rows, past_key_values=cache)
+    assert cache.report().layers[0].slots == (10.0, 0.0)

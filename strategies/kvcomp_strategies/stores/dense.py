@@ -46,11 +46,13 @@ class DenseStorage(SlotStorage):
         self._reserve = reserve
         self._buffers: Buffers | None = None
         self._filled = 0
+        self._fresh = True  # nothing was appended to what `replace` left
 
     def replace(self, keys: Tensor, values: Tensor) -> None:
         """Hold exactly these slots; copies only what shares its storage with something else."""
         self._buffers = Buffers(_owned(keys), _owned(values))
         self._filled = keys.shape[2]
+        self._fresh = True
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add slots at the end, in new buffers where these are full or a snapshot holds what would be overwritten."""
@@ -60,6 +62,7 @@ class DenseStorage(SlotStorage):
         end = self._filled + keys.shape[2]
         if end > self._buffers.capacity or self._filled < self._buffers.held or self._buffers.frozen:
             self._buffers = self._buffers.grown(self._filled, self._room(end))
+            self._fresh = False
         self._buffers.keys[:, :, self._filled : end] = keys
         self._buffers.values[:, :, self._filled : end] = values
         self._filled = end
@@ -88,9 +91,8 @@ class DenseStorage(SlotStorage):
             self._buffers = Buffers(self._buffers.keys, self._buffers.values, held=self._buffers.capacity + 1)
 
     def _room(self, end: int) -> int:
-        if self._reserve is not None and self._reserve >= end - self._filled:
-            room, self._reserve = self._filled + self._reserve, None
-            return room
+        if self._reserve is not None and self._fresh and self._reserve >= end - self._filled:
+            return self._filled + self._reserve
         return max(end, int(end * self._growth), end + 15)
 
 
