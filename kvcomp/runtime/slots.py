@@ -96,7 +96,7 @@ class SlotTable:
         return order.gather(per_slot).masked_fill(~(filled if per_slot.dim() == 3 else filled[..., None]), empty)
 
     def positions_at(self, column: int) -> Tensor:
-        """Return the position of a text token in this column, `(axes, batch)`; what is gone before it counts as text."""
+        """Return the position of a text token in this column, `(axes, batch)`; what is gone before counts as text."""
         held = self.positions.masked_fill(~self.valid, -1).amax(dim=(0, 2, 3))
         last = self.columns.masked_fill(~self.valid, -1).amax(dim=(1, 2))
         return (held + column - last).expand(self.positions.shape[0], -1)
