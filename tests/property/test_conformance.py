@@ -217,7 +217,7 @@ BROKEN = {
     Unlimited: ("legal-plan", r"rho must be in \[0, 1\]"),
     Forgetful: ("store", "were put in"),
     LastBlock: ("fold", "blocks of 1 rows"),
-    Tall: ("exact-sum|exact-slots", "sum to the budget"),
+    Tall: ("exact-sum|exact-slots", "sum to the budget|no more than the request"),
 }
 
 
