@@ -68,7 +68,7 @@ package: setup ## Build the wheel, install it beside nothing else, and list what
 bench: setup ## Measure prefill overhead and decode time against a stock cache
 	$(BIN)/python benchmarks/speed.py $(ARGS)
 
-train: setup ## Train the testbed minimile-xs again (at most 100 minutes on two cores)
+train: setup ## Train a testbed like minimile-xs (at most 100 minutes on two cores)
 	$(BIN)/python -m kvcomp.minimile.training --out training-output/minimile-xs $(ARGS)
 
 clean: ## Remove everything that these targets made, .venv included
