@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvcomp.core.hookspecs import hookimpl
-from kvcomp.core.registry import registry
 from kvcomp.lab.tasks import Task
 from kvcomp.minimile.tasks import TASKS
 
@@ -21,9 +20,3 @@ def kvcomp_tasks() -> Sequence[Task]:
 def kvcomp_testbeds() -> Sequence[Path]:
     """Return the checkpoint folders that come with the package."""
     return sorted(config.parent for config in CHECKPOINTS.glob("*/config.json"))
-
-
-def checkpoint_folder(name: str = "minimile-xs") -> Path:
-    """Return the folder of a checkpoint that comes with the package."""
-    folder: Path = registry.find("testbed", name).value
-    return folder
