@@ -11,7 +11,6 @@ from kvcomp.core.registry import registry
 from kvcomp.minimile import TASKS
 from kvcomp.minimile.evaluation import evaluate, predict
 
-
 FOLDER = registry.find("testbed", "minimile-xs").value
 
 
