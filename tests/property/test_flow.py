@@ -21,7 +21,7 @@ from kvcomp.testing import Run, Sample, make_sample, run
 RATIO = st.sampled_from((0.1, 0.3, 0.6))
 
 
-def same(one: Run, other: Run) -> None:
+def assert_same(one: Run, other: Run) -> None:
     for name in ("keys", "values", "indices", "counts"):
         assert torch.equal(getattr(one.compressed, name), getattr(other.compressed, name)), name
 
@@ -47,19 +47,19 @@ def test_theta_zero_makes_every_layer_with_any_flow_cross(sample: Sample, ratio:
 def test_theta_zero_is_flowmm_without_flow_guidance(sample: Sample, ratio: float) -> None:
     seen = run(kvcomp.strategy("flowmm", ratio, **{"policy.threshold": 0.0, "policy.absent": "any"}), sample)
     assume(not bool((seen.plan.rho == 0).any()))
-    same(seen, run(kvcomp.strategy("flowmm-no-flow", ratio), sample))
+    assert_same(seen, run(kvcomp.strategy("flowmm-no-flow", ratio), sample))
 
 
 @given(sample=SAMPLES, ratio=RATIO)
 def test_quantile_one_is_flowmm_without_its_gate(sample: Sample, ratio: float) -> None:
     gated = kvcomp.strategy("flowmm", ratio, **{"matcher.quantile": 1.0})
-    same(run(gated, sample), run(kvcomp.strategy("flowmm-no-gate", ratio), sample))
+    assert_same(run(gated, sample), run(kvcomp.strategy("flowmm-no-gate", ratio), sample))
 
 
 @given(sample=SAMPLES, ratio=RATIO)
 def test_the_policy_uniform_is_flowmm_without_flow_guidance(sample: Sample, ratio: float) -> None:
     uniform = kvcomp.strategy("flowmm", ratio, policy="uniform")
-    same(run(uniform, sample), run(kvcomp.strategy("flowmm-no-flow", ratio), sample))
+    assert_same(run(uniform, sample), run(kvcomp.strategy("flowmm-no-flow", ratio), sample))
 
 
 @given(sample=SAMPLES, ratio=RATIO)

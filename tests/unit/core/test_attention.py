@@ -73,7 +73,7 @@ def visible(seen: AttentionInputs) -> Tensor:
     return torch.ones(10, 10).tril().bool() & seen.valid[:, 0][:, None]
 
 
-def close(one: Tensor, other: Tensor) -> None:
+def assert_close(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-6)
 
 
@@ -81,12 +81,12 @@ def test_rows_are_softmax_under_a_bool_mask() -> None:
     seen = inputs()
     rows = observe(seen, [Rows()])[Rows()]
     assert rows.dtype == torch.float32
-    close(rows, expected(seen, visible(seen)))
+    assert_close(rows, expected(seen, visible(seen)))
 
 
 def test_no_mask_means_causal_by_columns() -> None:
     seen = inputs(mask=None, query_valid=torch.ones(2, 10, dtype=torch.bool))
-    close(observe(seen, [Rows()])[Rows()], expected(seen))
+    assert_close(observe(seen, [Rows()])[Rows()], expected(seen))
 
 
 def test_columns_may_differ_by_row_and_head() -> None:
@@ -109,7 +109,7 @@ def test_an_additive_mask_is_added() -> None:
     rows = observe(replace(seen, mask=mask), [Rows()])[Rows()]
     for row in range(2):
         one = replace(seen, **{name: getattr(seen, name)[row : row + 1] for name in ("queries", "keys", "query_valid")})
-        close(rows[row : row + 1], expected(one, visible(seen)[row : row + 1], bias=bias[row, 0]))
+        assert_close(rows[row : row + 1], expected(one, visible(seen)[row : row + 1], bias=bias[row, 0]))
 
 
 @pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, float("-inf")], ids=["lowest", "infinite"])
@@ -118,32 +118,32 @@ def test_an_additive_mask_hides_pads_and_stays_finite(lowest: float) -> None:
     mask = torch.zeros(2, 1, 10, 10).masked_fill(~visible(seen)[:, None], lowest)
     rows = observe(replace(seen, mask=mask), [Rows()])[Rows()]
     assert rows.isfinite().all()
-    close(rows, expected(seen, visible(seen)))
+    assert_close(rows, expected(seen, visible(seen)))
 
 
 def test_one_mask_serves_all_rows_and_heads() -> None:
     mask = torch.ones(10, 10).tril().bool()[None, None]
     seen = inputs(mask=mask, query_valid=torch.ones(2, 10, dtype=torch.bool))
-    close(observe(seen, [Rows()])[Rows()], expected(seen))
+    assert_close(observe(seen, [Rows()])[Rows()], expected(seen))
 
 
 def test_softcap() -> None:
     seen = inputs(softcap=0.7, scaling=3.0)
-    close(observe(seen, [Rows()])[Rows()], expected(seen, visible(seen), softcap=0.7))
+    assert_close(observe(seen, [Rows()])[Rows()], expected(seen, visible(seen), softcap=0.7))
 
 
 def test_sinks_take_probability() -> None:
     sinks = torch.tensor([0.0, 2.0, -1.0, 30.0])
     seen = inputs(sinks=sinks)
     rows = observe(seen, [Rows()])[Rows()]
-    close(rows, expected(seen, visible(seen), sinks=sinks))
+    assert_close(rows, expected(seen, visible(seen), sinks=sinks))
     assert bool((rows[:, :3].sum(dim=-1)[:, :, 3:] < 1).all())
 
 
 def test_bfloat16_is_computed_in_float32() -> None:
     half = inputs()
     half = replace(half, queries=half.queries.bfloat16(), keys=half.keys.bfloat16())
-    close(observe(half, [Rows()])[Rows()], expected(half, visible(half)))
+    assert_close(observe(half, [Rows()])[Rows()], expected(half, visible(half)))
 
 
 @pytest.mark.parametrize(
