@@ -12,25 +12,44 @@ Part = str | Image.Image
 
 
 @dataclass(frozen=True)
+class Span:
+    """A stretch of a sample's context: words of a text, or visual tokens of an image in reading order.
+
+    Attributes:
+        part: which part of the context.
+        start: the first word or visual token.
+        stop: the one after the last; None for the end of the part.
+    """
+
+    part: int
+    start: int = 0
+    stop: int | None = None
+
+
+@dataclass(frozen=True)
 class Sample:
     """One question about one context.
 
     Attributes:
         context: text and images in the order in which the model reads them.
-        question: asked after the context.
-        answer: the whole reference answer, its fixed lead included (`answer : red`). The lead is there because the
-            first token after a prefill is still computed from the full cache and would measure nothing.
+        question: asked after the context; empty where the context ends with it and the two cannot be told apart.
+        answer: the whole reference answer. It carries its information after its first token, which is still computed
+            from the full cache and would measure nothing.
+        evidence: what of the context the answer rests on; empty where it is not known.
+        slots: the words of the answer that carry its information, by number; empty where all do.
     """
 
     context: tuple[Part, ...]
     question: str
     answer: str
+    evidence: tuple[Span, ...] = ()
+    slots: tuple[int, ...] = ()
 
     def messages(self) -> list[dict[str, Any]]:
         """Return the prompt as one user message, in the form that `processor.apply_chat_template` takes."""
         content: list[dict[str, Any]] = [
             {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
-            for part in (*self.context, self.question)
+            for part in (*self.context, *([self.question] if self.question else []))
         ]
         return [{"role": "user", "content": content}]
 
@@ -42,6 +61,7 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
+    metric: ClassVar[str] = "exact match"  # what `score` measures
 
     @abstractmethod
     def sample(self, split: str, index: int) -> Sample:
@@ -50,3 +70,7 @@ class Task(ABC):
     def exact_match(self, prediction: str, sample: Sample) -> bool:
         """Return whether the prediction is the whole reference answer, white space aside."""
         return prediction.split() == sample.answer.split()
+
+    def score(self, prediction: str, sample: Sample) -> float:
+        """Return the score of a prediction, between 0 and 1, by the task's own metric."""
+        return float(self.exact_match(prediction, sample))
