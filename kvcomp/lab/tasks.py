@@ -37,6 +37,7 @@ class Sample:
             from the full cache and would measure nothing.
         evidence: what of the context the answer rests on; empty where it is not known.
         slots: the words of the answer that carry its information, by number; empty where all do.
+        depth: how deep the evidence stands in the context, from 0 to 1; None where the task has no such grid.
     """
 
     context: tuple[Part, ...]
@@ -44,6 +45,7 @@ class Sample:
     answer: str
     evidence: tuple[Span, ...] = ()
     slots: tuple[int, ...] = ()
+    depth: float | None = None
 
     def messages(self) -> list[dict[str, Any]]:
         """Return the prompt as one user message, in the form that `processor.apply_chat_template` takes."""

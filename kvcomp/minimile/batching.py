@@ -1,4 +1,5 @@
-"""Turn stories into training batches: many questions after one context, loss on their answers only.
+"""Turn stories into training batches: many questions after one context, loss on their answers only. Drills, which
+are to be repeated word by word, stand in the same rows: in rows of their own they would train a mode of its own.
 
 It builds the very tokens, positions and pixels that the processor and the model would, only faster; a test
 compares them.
@@ -6,7 +7,7 @@ compares them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -29,6 +30,8 @@ from kvcomp.minimile.vocabulary import (
 )
 
 IGNORED = -100
+COPY, PAIRS = "copy", "pairs"
+"""The kinds of the drills."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _OPENING = encode(f"{IM_START} user")
@@ -76,6 +79,16 @@ class Row:
         self.answers += [answer] * len(ids)
         self.place += len(ids)
 
+    def answer(self, ids: Sequence[int], kind: str) -> None:
+        """Append tokens that are to be predicted."""
+        self.text(ids, len(self.kinds))
+        self.kinds.append(kind)
+
+    def context(self, story: Story) -> None:
+        """Append the context of a story."""
+        for part in story.parts:
+            self.image(part) if isinstance(part, Image.Image) else self.text(encode(part))
+
     def image(self, image: Image.Image) -> None:
         """Append an image between its start and its end mark."""
         self.text([TOKEN_IDS[VISION_START]])
@@ -87,50 +100,70 @@ class Row:
         self.text([TOKEN_IDS[VISION_END]])
 
 
-def story_row(story: Story, questions: Sequence[Question], first_answer: int = 0) -> Row:
-    """Return the conversation that asks these questions in turn, as the chat template writes it."""
-    row = Row()
-    row.text(_OPENING)
-    for part in story.parts:
-        row.image(part) if isinstance(part, Image.Image) else row.text(encode(part))
+def write_row(story: Story, questions: Sequence[Question], label: str, drills: Sequence[Drill] = ()) -> Row:
+    """Return the conversation that asks these questions in turn, as the chat template writes it.
+
+    Args:
+        story: the context.
+        questions: each is followed by its whole answer.
+        label: what the kinds of the row begin with.
+        drills: written before the context.
+    """
+    row = open_row(drills)
+    row.context(story)
     for number, question in enumerate(questions):
         row.text((_OPENING if number else []) + encode(question.text) + _TURN)
-        row.text(encode(question.answer) + _CLOSING, answer=first_answer + number)
-        row.kinds.append(question.kind)
+        row.answer(encode(question.answer) + _CLOSING, f"{label} {question.kind}")
     return row
 
 
-def plain_row(story: Story, questions: Sequence[Question], first_answer: int = 0) -> Row:
+def write_plain_row(story: Story, questions: Sequence[Question], label: str, drills: Sequence[Drill] = ()) -> Row:
     """Return the same without the frame: `colour of lisbon red`, and the next question follows at once."""
-    row = story_row(story, ())
-    for number, question in enumerate(questions):
-        row.text(encode(question.text.removesuffix(" ?")))
-        row.text(encode(question.value), answer=first_answer + number)
-        row.kinds.append(f"plain {question.kind}")
+    row = open_row(drills)
+    row.context(story)
+    for question in questions:
+        row.text(encode(f"{question.ask} {question.key}"))
+        row.answer(encode(question.value), f"{label} {question.kind}")
     return row
 
 
-def copy_row(ids: Sequence[int], turn: int, answer: int) -> Row:
-    """Return distinct tokens, then the same ones rotated: all but the first of those are predictable."""
-    row = Row()
-    row.text([*_OPENING, *ids, ids[turn]])
-    row.text([*ids[turn + 1 :], *ids[:turn]], answer=answer)
-    row.kinds.append("copy")
-    return row
-
-
-def recall_row(pairs: Sequence[tuple[int, list[int]]], order: Sequence[int], answer: int) -> Row:
-    """Return keys with their values, then the same pairs in another order: each value follows from its key."""
+def open_row(drills: Sequence[Drill] = ()) -> Row:
+    """Return a row that holds the opening of a conversation and drills."""
     row = Row()
     row.text(_OPENING)
-    for key, values in pairs:
-        row.text([key, *values])
-    for number, index in enumerate(order):
-        key, values = pairs[index]
-        row.text([key])
-        row.text(values, answer=answer + number)
-        row.kinds.append("recall")
+    for drill in drills:
+        drill(row)
     return row
+
+
+Drill = Callable[[Row], None]
+"""Writes something to be repeated into a row."""
+
+
+def copy_drill(ids: Sequence[int], turn: int) -> Drill:
+    """Return a drill of distinct tokens, then the same ones rotated: all but the first of those are predictable."""
+
+    def write(row: Row) -> None:
+        row.text([*ids, ids[turn]])
+        row.answer([*ids[turn + 1 :], *ids[:turn]], COPY)
+
+    return write
+
+
+def pairs_drill(pairs: Sequence[tuple[int, list[int]]], order: Sequence[int]) -> Drill:
+    """Return a drill of keys with their values, then the same pairs in another order: each value follows from its
+    key.
+    """
+
+    def write(row: Row) -> None:
+        for key, values in pairs:
+            row.text([key, *values])
+        for index in order:
+            key, values = pairs[index]
+            row.text([key])
+            row.answer(values, PAIRS)
+
+    return write
 
 
 def collate(rows: Sequence[Row]) -> Batch:
@@ -139,9 +172,11 @@ def collate(rows: Sequence[Row]) -> Batch:
     ids = np.full((len(rows), length), TOKEN_IDS[PAD])
     answers = np.full((len(rows), length), -1)
     places = np.zeros((3, len(rows), length), dtype=np.int64)
+    kinds: list[str] = []
     for index, row in enumerate(rows):
         ids[index, : len(row.ids)] = row.ids
-        answers[index, : len(row.ids)] = row.answers
+        answers[index, : len(row.ids)] = [number if number < 0 else number + len(kinds) for number in row.answers]
+        kinds += row.kinds
         places[:, index, : len(row.ids)] = np.array(row.places).T
     answers = np.concatenate([answers[:, 1:], np.full((len(rows), 1), -1)], axis=1)
     targets = np.where(answers >= 0, np.roll(ids, -1, axis=1), IGNORED)
@@ -151,7 +186,7 @@ def collate(rows: Sequence[Row]) -> Batch:
         torch.from_numpy(targets),
         torch.from_numpy(answers),
         patchify([image for row in rows for image in row.images]),
-        tuple(kind for row in rows for kind in row.kinds),
+        tuple(kinds),
     )
 
 

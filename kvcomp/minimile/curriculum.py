@@ -1,86 +1,160 @@
-"""What to show at which stage: one image first, then more items, then the tasks' own lengths, and copies."""
+"""What to show at which point of a training: small contexts first, one task after the other, drills until they are
+learned.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from random import Random
 
-from kvcomp.minimile.batching import Batch, Row, collate, copy_row, plain_row, recall_row, story_row
-from kvcomp.minimile.stories import Question, Recipe, Story, compose, seeded
-from kvcomp.minimile.tasks import TASKS
+from kvcomp.minimile.batching import (
+    COPY,
+    PAIRS,
+    Batch,
+    Drill,
+    Row,
+    collate,
+    copy_drill,
+    pairs_drill,
+    write_plain_row,
+    write_row,
+)
+from kvcomp.minimile.stories import Question, Story, seeded
+from kvcomp.minimile.tasks import HARD_TASKS, TASKS, MiniTask
 from kvcomp.minimile.vocabulary import DIGITS, NAMES, NOUNS, SPECIALS, WORDS, encode
 
-STAGES = (
-    Recipe(images=1, facts=1, codes=1, tokens=24),
-    Recipe(images=3, facts=3, codes=1, tokens=60),
-    Recipe(images=6, facts=3, codes=1, tokens=110),
-    Recipe(images=12, facts=3, codes=1, tokens=180),
-)
-"""The stage after the last of these is the tasks themselves, at their own lengths."""
-
-FINAL_STAGE = len(STAGES)
+SIZES = (0.1, 0.25, 0.5, 1.0)
+"""Of the contexts, relative to the tasks' own, level by level."""
+FINAL_LEVEL = len(SIZES) - 1
+PASS, LEARNED = 0.85, 0.97
+"""A level is passed, and a task learned, when the running share of right answers reaches this."""
+FIRST_TASKS = ("mini/recall", "mini/text_needle", "mini/image_needle")
+"""The others wait until these have passed their second level: they rest on the same skills."""
+HARD_AFTER = {
+    "mini/text_needle_hard": "mini/text_needle",
+    "mini/image_needle_hard": "mini/image_needle",
+    "mini/recall_hard": "mini/recall",
+}
 NEWEST_SHARE = 0.7
-QUESTIONS = 12
+QUESTIONS = 10
 COPY_LENGTH = 24
-PAIRS = 8
-PLAIN_SHARE, LAST_PLAIN_SHARE = 0.5, 0.25
+PAIR_COUNT = 8
+MEMORY = 0.95
+FRAMED_SHARE = 0.6
+"""How many of the steps ask as a chat does, once the first tasks have bound names to what they name."""
+OFTEN_DRILLS, RARE_DRILLS = 0.7, 0.1
+LEARNED_WEIGHT = 0.3
+EARLIER = "earlier"
+"""What the kinds of rows below a task's newest level begin with."""
+DRILLED = 0.9
+"""Drills become rare when this share of them is right to the last token."""
 
 
-def story_batch(seed: int, step: int, stage: int, budget: int) -> Batch:
-    """Return the stories of one step: 70 % from the newest stage, the rest from earlier ones.
+@dataclass
+class Course:
+    """Where a training stands in the curriculum.
 
-    Stories are added until the batch has `budget` tokens.
+    Attributes:
+        levels: how far each task has come; a task that has not begun is missing.
+        steps: how many steps each task has had at its level.
+        right: the running share of right answers by kind, `TASK KIND` for the newest level of a task.
+    """
+
+    levels: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FIRST_TASKS, 0))
+    steps: dict[str, int] = field(default_factory=dict)
+    right: dict[str, float] = field(default_factory=dict)
+
+    def share(self, task: MiniTask) -> float:
+        """Return the smallest share of right answers among the task's own kinds of question."""
+        return min(self.right.get(f"{task.name} {kind}", 0.0) for kind in task.kinds)
+
+    def learned(self, task: MiniTask) -> bool:
+        """Return whether a task is learned at its own size."""
+        return self.levels.get(task.name) == FINAL_LEVEL and self.share(task) >= LEARNED
+
+    @property
+    def bound(self) -> bool:
+        """Return whether the first tasks have passed their second level."""
+        return all(self.levels[name] >= 2 for name in FIRST_TASKS)
+
+    @property
+    def drilled(self) -> bool:
+        """Return whether copies and pairs are learned."""
+        return min(self.right.get(COPY, 0.0), self.right.get(PAIRS, 0.0)) >= DRILLED
+
+    @property
+    def finished(self) -> bool:
+        """Return whether every task is learned at its own size."""
+        return all(map(self.learned, (*TASKS, *HARD_TASKS)))
+
+    def remember(self, shares: dict[str, float]) -> None:
+        """Take in the shares of right answers of one step."""
+        for kind, share in shares.items():
+            self.right[kind] = MEMORY * self.right.get(kind, 0.0) + (1 - MEMORY) * share
+            task = kind.split()[0]
+            self.steps[task] = self.steps.get(task, 0) + 1
+
+    def advance(self) -> None:
+        """Let tasks go on to their next level, and new tasks begin."""
+        for task in (*TASKS, *HARD_TASKS):
+            level = self.levels.get(task.name)
+            if level is None:
+                if self.bound and self._may_begin(task):
+                    self.levels[task.name] = 0
+            elif level < FINAL_LEVEL and self.share(task) >= PASS and self.steps.get(task.name, 0) >= 40:
+                self.levels[task.name] += 1
+                self.steps[task.name] = 0
+
+    def _may_begin(self, task: MiniTask) -> bool:
+        easier = HARD_AFTER.get(task.name)
+        return easier is None or self.levels.get(easier) == FINAL_LEVEL
+
+
+def draw_batch(seed: int, step: int, course: Course, budget: int) -> Batch:
+    """Return the rows of one step: about `budget` tokens. All rows have the frame or none, and all have drills or
+    none, so that they are of much the same length.
     """
     rng = seeded("train", seed, step)
+    write = write_row if course.bound and rng.random() < FRAMED_SHARE else write_plain_row
+    drilled = rng.random() < (RARE_DRILLS if course.drilled else OFTEN_DRILLS)
     rows: list[Row] = []
-    tokens = asked = 0
-    share = LAST_PLAIN_SHARE if stage == FINAL_STAGE else PLAIN_SHARE
-    while tokens < budget:
-        current = stage if rng.random() < NEWEST_SHARE else rng.randint(0, stage)
-        story = compose(rng, draw_recipe(rng, current))
-        write = plain_row if rng.random() < share else story_row
-        rows.append(write(story, choose_questions(rng, story), asked))
-        asked += len(rows[-1].kinds)
-        tokens += len(rows[-1].ids)
+    while budget > 0:
+        rows.append(draw_row(rng, course, write, drilled=drilled))
+        budget -= len(rows[-1].ids)
     return collate(rows)
 
 
-def draw_recipe(rng: Random, stage: int) -> Recipe:
-    """Return the size of one story of a stage: up to the stage's own size, at least half of it."""
-    if stage == FINAL_STAGE:
-        return rng.choice(TASKS).draw_recipe(rng)
-    limit = STAGES[stage]
-    return Recipe(
-        rng.randint((limit.images + 1) // 2, limit.images),
-        rng.randint((limit.facts + 1) // 2, limit.facts),
-        limit.codes,
-        rng.randint(0, limit.tokens),
-    )
+def draw_row(rng: Random, course: Course, write: Callable[..., Row], *, drilled: bool) -> Row:
+    """Return one row: a task that is not learned yet more often than one that is, its newest level most often."""
+    tasks = [task for task in (*TASKS, *HARD_TASKS) if task.name in course.levels]
+    task = rng.choices(tasks, [LEARNED_WEIGHT if course.learned(task) else 1.0 for task in tasks])[0]
+    newest = course.levels[task.name]
+    level = newest if rng.random() < NEWEST_SHARE else rng.randint(0, newest)
+    story = task.compose(rng, SIZES[level])
+    drills = [_draw_copy(rng), _draw_pairs(rng)] if drilled else []
+    rng.shuffle(drills)
+    return write(story, choose_questions(rng, story, task.kinds), task.name if level == newest else EARLIER, drills)
 
 
-def choose_questions(rng: Random, story: Story) -> list[Question]:
-    """Return up to twelve questions in random order; the rare kind, the code, is always among them."""
-    codes = [question for question in story.questions if question.kind == "code"]
-    others = [question for question in story.questions if question.kind != "code"]
-    chosen = codes + rng.sample(others, min(len(others), QUESTIONS - len(codes)))
+def choose_questions(rng: Random, story: Story, kinds: tuple[str, ...]) -> list[Question]:
+    """Return up to ten questions in random order, those of the given kinds first to be taken."""
+    own = [question for question in story.questions if question.kind in kinds]
+    others = [question for question in story.questions if question.kind not in kinds]
+    chosen = rng.sample(own, min(len(own), QUESTIONS))
+    chosen += rng.sample(others, min(len(others), QUESTIONS - len(chosen)))
     rng.shuffle(chosen)
     return chosen
 
 
-def copy_batch(seed: int, step: int, copies: int, recalls: int) -> Batch:
-    """Return the rotated copies and the shuffled pairs of one step."""
-    rng = seeded("copy", seed, step)
+def _draw_copy(rng: Random) -> Drill:
     words = range(len(SPECIALS), len(WORDS))
-    rows = [copy_row(rng.sample(words, COPY_LENGTH), rng.randrange(COPY_LENGTH), row) for row in range(copies)]
-    answers = copies
-    for _ in range(recalls):
-        rows.append(recall_row(draw_pairs(rng), rng.sample(range(PAIRS), PAIRS), answers))
-        answers += PAIRS
-    return collate(rows)
+    return copy_drill(rng.sample(words, COPY_LENGTH), rng.randrange(COPY_LENGTH))
 
 
-def draw_pairs(rng: Random) -> list[tuple[int, list[int]]]:
-    """Return names with either one word or four digits each."""
-    keys = rng.sample(encode(" ".join(NAMES)), PAIRS)
+def _draw_pairs(rng: Random) -> Drill:
+    keys, order = rng.sample(encode(" ".join(NAMES)), PAIR_COUNT), rng.sample(range(PAIR_COUNT), PAIR_COUNT)
     if rng.random() < 0.5:
-        return [(key, [word]) for key, word in zip(keys, rng.sample(encode(" ".join(NOUNS)), PAIRS), strict=True)]
-    return [(key, rng.sample(encode(" ".join(DIGITS)), 4)) for key in keys]
+        nouns = rng.sample(encode(" ".join(NOUNS)), PAIR_COUNT)
+        return pairs_drill([(key, [noun]) for key, noun in zip(keys, nouns, strict=True)], order)
+    return pairs_drill([(key, rng.sample(encode(" ".join(DIGITS)), 4)) for key in keys], order)

@@ -1,17 +1,22 @@
-"""Draw the images: one coloured shape, or a code of four digits, always 56 x 56 pixels.
+"""Draw the images, always 56 x 56 pixels: one shape, a scene of small shapes, a code, a table of digits.
 
-No font and no anti-aliasing is involved, so the bytes depend on no font file and on no machine.
+No font and no anti-aliasing is involved, so the bytes depend on no font file and on no machine. An image is four
+cells of 28 x 28 pixels; one visual token sees one cell.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from random import Random
+from typing import NamedTuple
 
 from PIL import Image, ImageChops, ImageDraw
 
 SIDE = 56
 CELL = 28
 """A visual token sees a square of this side (two patches of 14 pixels each way)."""
+CELLS = 4
+PATCH = 14
 
 RGB = {
     "red": (225, 30, 40),
@@ -23,6 +28,7 @@ RGB = {
     "cyan": (40, 205, 215),
     "pink": (240, 150, 195),
 }
+WHITE, BLACK = (235, 235, 235), (10, 10, 10)
 DIGIT_ROWS = {
     "0": "01110 10001 10011 10101 11001 10001 01110",
     "1": "00100 01100 00100 00100 00100 00100 01110",
@@ -35,30 +41,85 @@ DIGIT_ROWS = {
     "8": "01110 10001 10001 01110 10001 10001 01110",
     "9": "01110 10001 10001 01111 00001 00010 01100",
 }
-"""A 5 x 7 bitmap for each digit; one bit becomes 4 x 4 pixels."""
+"""A 5 x 7 bitmap for each digit."""
 
 
-def draw_shape(rng: Random, colour: str, shape: str) -> Image.Image:
-    """Return an image of one shape of a random size at a random place."""
-    image = Image.new("RGB", (SIDE, SIDE), _background(rng))
+class Thing(NamedTuple):
+    """A coloured shape."""
+
+    colour: str
+    shape: str
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        return f"{self.colour} {self.shape}"
+
+
+def draw_thing(rng: Random, thing: Thing) -> Image.Image:
+    """Return an image of one large shape of a random size at a random place."""
+    image = Image.new("RGB", (SIDE, SIDE), _grey(rng))
     radius = rng.randint(15, 21)
     x, y = (rng.randint(radius + 1, SIDE - radius - 2) for _ in range(2))
-    _PAINTERS[shape](ImageDraw.Draw(image), x, y, radius, RGB[colour])
+    _PAINTERS[thing.shape](ImageDraw.Draw(image), x, y, radius, RGB[thing.colour])
     return _noisy(rng, image)
+
+
+def draw_scene(rng: Random, things: Mapping[int, Thing], background: str | None = None, radius: int = 9) -> Image.Image:
+    """Return an image of small shapes, each in its own cell (0 to 3, in reading order).
+
+    Args:
+        rng: decides places to two pixels, and the noise.
+        things: by cell.
+        background: a colour, drawn dark; None for grey.
+        radius: of the shapes, in pixels.
+    """
+    fill = _grey(rng) if background is None else _dark(RGB[background])
+    image = Image.new("RGB", (SIDE, SIDE), fill)
+    draw = ImageDraw.Draw(image)
+    for cell, thing in things.items():
+        x, y = (CELL * place + CELL // 2 + rng.randint(-2, 2) for place in (cell % 2, cell // 2))
+        _PAINTERS[thing.shape](draw, x, y, radius, RGB[thing.colour])
+    return _noisy(rng, image)
+
+
+def draw_walk(rng: Random, agent: int, things: Mapping[int, Thing]) -> Image.Image:
+    """Return a scene with the agent, a white frame, in a cell of its own."""
+    image = draw_scene(rng, things)
+    left, top = CELL * (agent % 2) + 6, CELL * (agent // 2) + 6
+    ImageDraw.Draw(image).rectangle((left, top, left + 15, top + 15), outline=WHITE, width=4)
+    return image
 
 
 def draw_code(rng: Random, digits: str) -> Image.Image:
-    """Return an image of four digits, two rows of two: one digit to each visual token, in reading order."""
-    image = Image.new("RGB", (SIDE, SIDE), _background(rng))
+    """Return an image with four digits in one random cell, two rows of two, one to each patch."""
+    image = Image.new("RGB", (SIDE, SIDE), _grey(rng))
     draw = ImageDraw.Draw(image)
+    cell = rng.randrange(CELLS)
     for place, digit in enumerate(digits):
-        _draw_digit(draw, (place % 2) * CELL + rng.randint(2, 6), place // 2 * CELL, digit)
+        left = CELL * (cell % 2) + PATCH * (place % 2) + rng.randint(0, PATCH - 10)
+        _draw_digit(draw, left, CELL * (cell // 2) + PATCH * (place // 2), digit, 2, WHITE)
     return _noisy(rng, image)
 
 
-def _background(rng: Random) -> tuple[int, int, int]:
-    grey = rng.randint(16, 64)
-    return grey, grey, grey
+def draw_table(rng: Random, cells: Mapping[str, str]) -> Image.Image:
+    """Return an image of four coloured cells with a black digit each, `{colour: digit}` in reading order."""
+    image = Image.new("RGB", (SIDE, SIDE))
+    draw = ImageDraw.Draw(image)
+    for cell, (colour, digit) in enumerate(cells.items()):
+        left, top = CELL * (cell % 2), CELL * (cell // 2)
+        draw.rectangle((left, top, left + CELL - 1, top + CELL - 1), fill=RGB[colour])
+        _draw_digit(draw, left + rng.randint(5, 8), top + rng.randint(3, 4), digit, 3, BLACK)
+    return _noisy(rng, image)
+
+
+def _grey(rng: Random) -> tuple[int, int, int]:
+    level = rng.randint(16, 64)
+    return level, level, level
+
+
+def _dark(colour: tuple[int, int, int]) -> tuple[int, int, int]:
+    red, green, blue = (part // 3 for part in colour)
+    return red, green, blue
 
 
 def _noisy(rng: Random, image: Image.Image) -> Image.Image:
@@ -69,12 +130,14 @@ def _noisy(rng: Random, image: Image.Image) -> Image.Image:
 _LOW_BITS = [value & 15 for value in range(256)] * 3
 
 
-def _draw_digit(draw: ImageDraw.ImageDraw, left: int, top: int, digit: str) -> None:
+def _draw_digit(
+    draw: ImageDraw.ImageDraw, left: int, top: int, digit: str, scale: int, fill: tuple[int, int, int]
+) -> None:
     for row, bits in enumerate(DIGIT_ROWS[digit].split()):
         for column, bit in enumerate(bits):
             if bit == "1":
-                x, y = left + 4 * column, top + 4 * row
-                draw.rectangle((x, y, x + 3, y + 3), fill=(235, 235, 235))
+                x, y = left + scale * column, top + scale * row
+                draw.rectangle((x, y, x + scale - 1, y + scale - 1), fill=fill)
 
 
 def _circle(draw: ImageDraw.ImageDraw, x: int, y: int, radius: int, fill: tuple[int, int, int]) -> None:

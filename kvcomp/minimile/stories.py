@@ -1,7 +1,8 @@
-"""Compose a context of labelled images, facts and filler, with every question that can be asked of it."""
+"""Compose a context of items, text and labelled images, with every question that can be asked of it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from random import Random
@@ -9,46 +10,65 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from kvcomp.lab.tasks import Part
-from kvcomp.minimile.rendering import draw_code, draw_shape
-from kvcomp.minimile.vocabulary import ADJECTIVES, COLOURS, DIGITS, NAMES, NOUNS, SHAPES, VERBS
+from kvcomp.lab.tasks import Part, Sample, Span
+from kvcomp.minimile.vocabulary import ADJECTIVES, NOUNS, VERBS
 
-VERSION = "minimile-1"
+VERSION = "minimile-2"
 IMAGE_TOKENS = 6
 """Four visual tokens between the start and the end mark."""
-FACT_DIGITS = 3
 
 
 class Question(NamedTuple):
-    """A question, its whole answer, and what kind it is (`colour`, `shape`, `number`, `code`)."""
+    """What is asked of a key, and its value: `colour of` `lisbon`, `red`.
+
+    Attributes:
+        kind: what is asked, for the running accuracies of a training.
+        ask: the words before the key.
+        key: what is asked for; the answer repeats it, so that its first token carries nothing.
+        value: the words that the answer is about.
+        items: the numbers of the items that it rests on.
+    """
 
     kind: str
-    text: str
-    answer: str
+    ask: str
+    key: str
+    value: str
+    items: tuple[int, ...]
 
     @property
-    def value(self) -> str:
-        """The answer without its lead and without the name that it repeats."""
-        words = self.answer.split()
-        return " ".join(words[2:] if self.kind == "code" else words[3:])
+    def text(self) -> str:
+        """The question in words."""
+        return f"{self.ask} {self.key} ?".strip()
+
+    @property
+    def answer(self) -> str:
+        """The whole answer."""
+        return f"{self.key} {self.value}"
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How much of everything goes into a context, and how many tokens it has at least."""
-
-    images: int
-    facts: int
-    codes: int = 0
-    tokens: int = 0
+Item = tuple[Part, ...]
 
 
 @dataclass(frozen=True)
 class Story:
-    """A context and its questions."""
+    """A context and its questions.
+
+    Attributes:
+        parts: text and images in the order in which the model reads them.
+        questions: all that can be asked.
+        places: for each item, the number of its first part and the one after its last.
+    """
 
     parts: tuple[Part, ...]
     questions: tuple[Question, ...]
+    places: tuple[tuple[int, int], ...]
+
+    def sample(self, question: Question, depth: float | None = None) -> Sample:
+        """Return the sample that asks one question."""
+        evidence = tuple(Span(part) for item in question.items for part in range(*self.places[item]))
+        key = len(question.key.split())
+        slots = tuple(range(key, key + len(question.value.split())))
+        return Sample(self.parts, question.text, question.answer, evidence, slots, depth)
 
 
 def seeded(*names: object) -> Random:
@@ -57,61 +77,53 @@ def seeded(*names: object) -> Random:
     return Random(int.from_bytes(sha256(text.encode()).digest()))
 
 
-def compose(rng: Random, recipe: Recipe) -> Story:
-    """Return a story: its items in random order, filler sentences in random gaps."""
-    names = rng.sample(NAMES, recipe.images + recipe.facts + recipe.codes)
-    colours, shapes = _spread(rng, COLOURS, recipe.images), _spread(rng, SHAPES, recipe.images)
-    items: list[tuple[tuple[Part, ...], list[Question]]] = []
-    items += [_picture(rng, names.pop(), *look) for look in zip(colours, shapes, strict=True)]
-    items += [_fact(names.pop(), digits) for digits in _numbers(rng, recipe.facts)]
-    items += [_code(rng, names.pop()) for _ in range(recipe.codes)]
-    questions = tuple(question for _, asked in items for question in asked)
-    chunks = [parts for parts, _ in items]
-    chunks += _filler(rng, recipe.tokens - sum(map(count_tokens, chunks)))
-    rng.shuffle(chunks)
-    return Story(tuple(part for chunk in chunks for part in chunk), questions)
+def assemble(
+    rng: Random,
+    items: Sequence[Item],
+    questions: Sequence[Question],
+    *,
+    tokens: int = 0,
+    ordered: bool = False,
+    needle: tuple[int, float] | None = None,
+) -> Story:
+    """Return the story of these items with filler sentences between them.
+
+    Args:
+        rng: decides the order.
+        items: each stays together.
+        questions: about the items, by their numbers in `items`.
+        tokens: how many the context has at least.
+        ordered: keep the items in order and after one another; filler then comes before and after.
+        needle: an item and how deep it stands among the others, from 0 to 1.
+    """
+    filler = [(None, sentence) for sentence in _filler(rng, tokens - sum(map(count_tokens, items)))]
+    numbered: list[tuple[int | None, Item]] = list(enumerate(items))
+    if ordered:
+        cut = rng.randint(0, len(filler))
+        chunks = [*filler[:cut], *numbered, *filler[cut:]]
+    else:
+        chunks = [*numbered, *filler]
+        rng.shuffle(chunks)
+    if needle is not None:
+        number, depth = needle
+        held = chunks.pop(next(place for place, (item, _) in enumerate(chunks) if item == number))
+        chunks.insert(round(depth * len(chunks)), held)
+    parts: list[Part] = []
+    places = {}
+    for item, chunk in chunks:
+        if item is not None:
+            places[item] = (len(parts), len(parts) + len(chunk))
+        parts += chunk
+    return Story(tuple(parts), tuple(questions), tuple(places[item] for item in range(len(items))))
 
 
-def count_tokens(parts: tuple[Part, ...]) -> int:
+def count_tokens(parts: Sequence[Part]) -> int:
     """Return how many tokens these parts become."""
     return sum(IMAGE_TOKENS if isinstance(part, Image.Image) else len(part.split()) for part in parts)
 
 
-def _spread(rng: Random, values: tuple[str, ...], count: int) -> list[str]:
-    """Return a random sequence in which every value occurs equally often, give or take one."""
-    bag: list[str] = []
-    while len(bag) < count:
-        bag += rng.sample(values, len(values))
-    return bag[:count]
-
-
-def _numbers(rng: Random, count: int) -> list[str]:
-    """Return numbers of three digits, no digit twice, so that each digit but the first follows from the last one."""
-    digits = rng.sample(DIGITS, FACT_DIGITS * count)
-    return [" ".join(digits[start : start + FACT_DIGITS]) for start in range(0, len(digits), FACT_DIGITS)]
-
-
-def _picture(rng: Random, name: str, colour: str, shape: str) -> tuple[tuple[Part, ...], list[Question]]:
-    asked = [
-        Question("colour", f"colour of {name} ?", f"answer : {name} {colour}"),
-        Question("shape", f"shape of {name} ?", f"answer : {name} {shape}"),
-    ]
-    return (name, draw_shape(rng, colour, shape)), asked
-
-
-def _fact(name: str, digits: str) -> tuple[tuple[Part, ...], list[Question]]:
-    asked = Question("number", f"number of {name} ?", f"answer : {name} {digits}")
-    return (f"number of {name} {digits} .",), [asked]
-
-
-def _code(rng: Random, name: str) -> tuple[tuple[Part, ...], list[Question]]:
-    digits = rng.choices(DIGITS, k=4)
-    image = draw_code(rng, "".join(digits))
-    return (name, image), [Question("code", "code of image ?", f"answer : {' '.join(digits)}")]
-
-
-def _filler(rng: Random, tokens: int) -> list[tuple[Part, ...]]:
-    sentences: list[tuple[Part, ...]] = []
+def _filler(rng: Random, tokens: int) -> list[Item]:
+    sentences: list[Item] = []
     while tokens > 0:
         subject, thing = rng.sample(NOUNS, 2)
         first, second = rng.sample(ADJECTIVES, 2)

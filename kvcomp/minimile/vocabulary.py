@@ -1,4 +1,4 @@
-"""The words that MiniMile knows: about 250, one token each, digits one by one."""
+"""The words that MiniMile knows: about 230, one token each, digits one by one."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ ADJECTIVES = _words(
     "old young quiet bright tall small happy tired brave gentle cold warm heavy strange early late "
     "clever proud simple hidden broken golden empty busy"
 )
-FRAME = _words("user assistant answer colour shape number code of image the magic : ? . , #")
-LATER = _words(
-    "big star diamond left right up down top bottom centre row column first last before after next "
-    "picture what which is was a in on there moved turned gone added changed difference order step goal "
-    "source target put go stop yes no none table history context question text secret show shows many "
-    "how one two"
+FRAME = _words("user assistant question answer the of in ? . ,")
+ASKED = _words("number code colour shape name after before change difference edit plan cell")
+ACTIONS = _words("turned gone added moved background bigger smaller mirror flip paint remove left right up down")
+SPARE = _words(
+    ": # image picture magic secret goal step source target table history context order first last next text what "
+    "which is was a star diamond big top bottom centre row column yes no none many how one two stop"
 )
-"""Words that no task of this first cut uses: room for the next ones without a new tokenizer."""
+"""Words that no task uses yet: room for the next ones without a new tokenizer."""
 
-WORDS = SPECIALS + DIGITS + COLOURS + SHAPES + NAMES + NOUNS + VERBS + ADJECTIVES + FRAME + LATER
+WORDS = SPECIALS + DIGITS + COLOURS + SHAPES + NAMES + NOUNS + VERBS + ADJECTIVES + FRAME + ASKED + ACTIONS + SPARE
 TOKEN_IDS: dict[str, int] = {word: index for index, word in enumerate(WORDS)}
 
 
