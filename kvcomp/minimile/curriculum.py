@@ -24,13 +24,16 @@ from kvcomp.minimile.stories import Question, Story, seeded
 from kvcomp.minimile.tasks import HARD_TASKS, TASKS, MiniTask
 from kvcomp.minimile.vocabulary import DIGITS, NAMES, NOUNS, SPECIALS, WORDS, encode
 
-SIZES = (0.1, 0.25, 0.5, 1.0)
+SIZES = (0.05, 0.15, 0.4, 1.0)
 """Of the contexts, relative to the tasks' own, level by level."""
 FINAL_LEVEL = len(SIZES) - 1
 PASS, LEARNED = 0.85, 0.97
 """A level is passed, and a task learned, when the running share of right answers reaches this."""
 FIRST_TASKS = ("mini/recall", "mini/text_needle", "mini/image_needle")
-"""The others wait until these have passed their second level: they rest on the same skills."""
+BINDING_TASKS = FIRST_TASKS[:2]
+"""The others, and the frame of a chat, wait until these have passed their second level: they rest on binding a name
+to what it names.
+"""
 HARD_AFTER = {
     "mini/text_needle_hard": "mini/text_needle",
     "mini/image_needle_hard": "mini/image_needle",
@@ -75,8 +78,8 @@ class Course:
 
     @property
     def bound(self) -> bool:
-        """Return whether the first tasks have passed their second level."""
-        return all(self.levels[name] >= 2 for name in FIRST_TASKS)
+        """Return whether names are bound to what they name."""
+        return all(self.levels[name] >= 2 for name in BINDING_TASKS)
 
     @property
     def drilled(self) -> bool:

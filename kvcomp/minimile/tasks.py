@@ -81,7 +81,7 @@ class TextNeedle(MiniTask):
 
     def compose(self, rng: Random, size: float, *, held_out: bool = False, depth: float | None = None) -> Story:
         """Return facts, images and filler."""
-        facts = max(1, round(self.facts * size)) if size < 0.5 else self.facts
+        facts = self.facts if size > 0.1 else 1
         names = rng.sample(NAMES, facts + _scaled(6, size))
         items, questions = _facts(rng, names[:facts], 0)
         pictures, asked = _pictures(rng, names[facts:], facts, held_out=False)
@@ -217,7 +217,8 @@ class MMCoQA(MiniTask):
                 questions.append(Question("cell", "cell", f"{colour} in {name}", digit, (len(items),)))
             items.append((name, draw_table(rng, cells)))
         story = _story(rng, items, questions, 0.85 * self.tokens * size, depth)
-        turns = rng.sample(questions, min(2, len(questions) - 1))
+        shapes = [question for question in questions if question.kind == "shape"]  # which no sample asks for
+        turns = rng.sample(shapes, min(2, len(shapes)))
         history = tuple(f"question {turn.text} answer {turn.answer} ." for turn in turns)
         fresh = tuple(question for question in story.questions if question not in turns)
         return Story((*story.parts, *history), fresh, story.places)

@@ -2,7 +2,17 @@ import pytest
 import torch
 
 from kvcomp.minimile import TASKS
-from kvcomp.minimile.batching import IGNORED, collate, plain_row, story_row
+from kvcomp.minimile.batching import (
+    COPY,
+    IGNORED,
+    PAIRS,
+    collate,
+    copy_drill,
+    open_row,
+    pairs_drill,
+    write_plain_row,
+    write_row,
+)
 from kvcomp.minimile.model import build_model, image_features
 from kvcomp.minimile.processor import build_processor
 from kvcomp.minimile.stories import Question, Story
@@ -17,7 +27,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def sample():
-    return TASKS[2].sample("batching", 0)
+    return TASKS[1].sample("batching", 0)
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +37,19 @@ def prompt(sample):
     )
 
 
+def asked(sample):
+    """The question of the image needle, whose answer repeats its one word."""
+    key, *value = sample.answer.split()
+    return Question("code", "", key, " ".join(value), (0,))
+
+
+def story_of(parts):
+    return Story(tuple(parts), (), ())
+
+
 @pytest.fixture(scope="module")
 def batch(sample):
-    story = Story(sample.context, ())
-    return collate([story_row(story, [Question("code", sample.question, sample.answer)])])
+    return collate([write_row(story_of(sample.context), [asked(sample)], "task")])
 
 
 def test_training_sees_the_tokens_and_pixels_that_the_processor_makes(prompt, batch):
@@ -67,30 +86,47 @@ def test_the_training_logits_are_those_of_the_stock_forward(model, prompt, batch
 
 
 def test_loss_falls_on_answers_only(sample):
-    other = Question("colour", "colour of oslo ?", "answer : red")
-    questions = [Question("code", sample.question, sample.answer), other]
-    batch = collate([story_row(Story(sample.context, ()), questions)])
-    learned = batch.targets[batch.targets != IGNORED].tolist()
-    assert learned == encode(f"{sample.answer} <|im_end|> answer : red <|im_end|>")
-    assert batch.answers[batch.targets != IGNORED].tolist() == [0] * 7 + [1] * 4
-    assert batch.kinds == ("code", "colour")
+    questions = [asked(sample), Question("colour", "colour of", "oslo", "red", (0,))]
+    batch = collate([write_row(story_of(sample.context), questions, "task")])
+    wanted = batch.targets != IGNORED
+    assert batch.targets[wanted].tolist() == encode(f"{sample.answer} <|im_end|> oslo red <|im_end|>")
+    assert batch.answers[wanted].tolist() == [0] * 6 + [1] * 3
+    assert batch.kinds == ("task code", "task colour")
 
 
-def test_a_plain_row_asks_without_the_frame(sample):
-    questions = [
-        Question("colour", "colour of oslo ?", "answer : oslo red"),
-        Question("code", "code of image ?", "answer : 4 0 7 1"),
-    ]
-    batch = collate([plain_row(Story(("the river",), ()), questions)])
-    assert batch.input_ids[0].tolist() == encode("<|im_start|> user the river colour of oslo red code of image 4 0 7 1")
+def test_a_plain_row_asks_without_the_frame():
+    questions = [Question("colour", "colour of", "oslo", "red", (0,)), Question("code", "", "code", "4 0 7 1", (0,))]
+    batch = collate([write_plain_row(story_of(["the river"]), questions, "task")])
+    assert batch.input_ids[0].tolist() == encode("<|im_start|> user the river colour of oslo red code 4 0 7 1")
     assert batch.targets[batch.targets != IGNORED].tolist() == encode("red 4 0 7 1")
-    assert batch.kinds == ("plain colour", "plain code")
+    assert batch.kinds == ("task colour", "task code")
 
 
 def test_padding_changes_no_logit(model, sample):
-    questions = [Question("code", sample.question, sample.answer)]
-    short, long = Story(sample.context[:3], ()), Story(sample.context, ())
+    short, long = story_of(sample.context[:3]), story_of(sample.context)
+    rows = [write_row(story, [asked(sample)], "task") for story in (short, long)]
     with torch.no_grad():
-        alone = answer_logits(model, collate([story_row(short, questions)]))
-        padded = answer_logits(model, collate([story_row(short, questions), story_row(long, questions, 1)]))
+        alone, padded = (answer_logits(model, collate(chosen)) for chosen in (rows[:1], rows))
     torch.testing.assert_close(padded[: len(alone)], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_the_second_half_of_a_copy_is_the_first_one_rotated():
+    batch = collate([open_row([copy_drill([30, 31, 32, 33], 1)])])
+    assert batch.input_ids[0].tolist() == [*encode("<|im_start|> user"), 30, 31, 32, 33, 31, 32, 33, 30]
+    assert batch.targets[batch.targets != IGNORED].tolist() == [32, 33, 30]
+    assert batch.kinds == (COPY,)
+
+
+def test_pairs_ask_for_every_value_once_more():
+    batch = collate([open_row([pairs_drill([(40, [1, 2]), (41, [3, 4])], [1, 0])])])
+    assert batch.input_ids[0].tolist() == [*encode("<|im_start|> user"), 40, 1, 2, 41, 3, 4, 41, 3, 4, 40, 1, 2]
+    assert batch.targets[batch.targets != IGNORED].tolist() == [3, 4, 1, 2]
+    assert batch.kinds == (PAIRS, PAIRS)
+
+
+def test_answers_are_numbered_through_all_rows(sample):
+    drill = copy_drill([30, 31], 0)
+    rows = [write_plain_row(story_of(["the"]), [asked(sample)], "task", [drill]) for _ in range(2)]
+    batch = collate(rows)
+    assert batch.kinds == (COPY, "task code") * 2
+    assert sorted(set(batch.answers.flatten().tolist())) == [-1, 0, 1, 2, 3]

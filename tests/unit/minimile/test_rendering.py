@@ -3,12 +3,42 @@ from random import Random
 
 import pytest
 
-from kvcomp.minimile.rendering import CELL, DIGIT_ROWS, RGB, SIDE, draw_code, draw_shape
+from kvcomp.minimile.rendering import (
+    CELL,
+    DIGIT_ROWS,
+    RGB,
+    SIDE,
+    Thing,
+    draw_code,
+    draw_scene,
+    draw_table,
+    draw_thing,
+    draw_walk,
+)
 from kvcomp.minimile.vocabulary import COLOURS, DIGITS, SHAPES
 
+SCENE = {0: Thing("red", "circle"), 3: Thing("cyan", "cross")}
+DRAWN = {
+    "things": lambda rng: [draw_thing(rng, Thing(colour, shape)) for colour in COLOURS for shape in SHAPES],
+    "scenes": lambda rng: [draw_scene(rng, SCENE, "green", radius) for radius in (6, 9, 12)],
+    "walks": lambda rng: [draw_walk(rng, agent, SCENE) for agent in (1, 2)],
+    "codes": lambda rng: [draw_code(rng, code) for code in ("4071", "2536", "8900")],
+    "tables": lambda rng: [draw_table(rng, dict(zip(COLOURS, digits, strict=False))) for digits in ("0123", "9876")],
+}
+DIGESTS = {
+    "things": "b8615f19a31f4464",
+    "scenes": "5118bb650ee87565",
+    "walks": "654cba6e6eb37448",
+    "codes": "0da0a708a006d751",
+    "tables": "aaf6ad02bdd5de2c",
+}
 
-def digest(images):
-    return sha256(b"".join(image.tobytes() for image in images)).hexdigest()[:16]
+
+def lit(image, cell):
+    """How many pixels of a cell are bright in every channel."""
+    left, top = CELL * (cell % 2), CELL * (cell // 2)
+    crop = image.crop((left, top, left + CELL, top + CELL))
+    return sum(min(pixel) > 180 for pixel in zip(*[iter(crop.tobytes())] * 3, strict=True))
 
 
 def test_every_colour_and_digit_of_the_vocabulary_can_be_drawn():
@@ -16,13 +46,11 @@ def test_every_colour_and_digit_of_the_vocabulary_can_be_drawn():
     assert set(DIGIT_ROWS) == set(DIGITS)
 
 
-def test_shapes_are_the_same_bytes_everywhere():
-    images = [draw_shape(Random(7), colour, shape) for colour in COLOURS for shape in SHAPES]
-    assert digest(images) == "9736f5144f040e13"
-
-
-def test_codes_are_the_same_bytes_everywhere():
-    assert digest(draw_code(Random(3), code) for code in ("4071", "2536", "8900")) == "923c5f82214a67ed"
+@pytest.mark.parametrize("kind", DRAWN)
+def test_images_are_the_same_bytes_everywhere(kind):
+    images = DRAWN[kind](Random(7))
+    assert {image.size for image in images} == {(SIDE, SIDE)}
+    assert sha256(b"".join(image.tobytes() for image in images)).hexdigest()[:16] == DIGESTS[kind]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -30,17 +58,27 @@ def test_a_shape_is_visible_in_its_colour_and_its_place_varies(shape):
     rng = Random(0)
     boxes = set()
     for _ in range(20):
-        image = draw_shape(rng, "red", shape)
-        assert image.size == (SIDE, SIDE)
-        reds = image.getchannel("R").point(lambda value: 255 * (value > 200))
+        reds = draw_thing(rng, Thing("red", shape)).getchannel("R").point(lambda value: 255 * (value > 200))
         assert reds.histogram()[255] > 200
         boxes.add(reds.getbbox())
     assert len(boxes) > 10
 
 
-def test_one_digit_fits_one_visual_token():
-    lit = draw_code(Random(1), "8888").getchannel("R").point(lambda value: 255 * (value > 200))
-    for x in (0, CELL):
-        for y in (0, CELL):
-            cell = lit.crop((x, y, x + CELL, y + CELL))
-            assert cell.histogram()[255] == 16 * "".join(DIGIT_ROWS["8"]).count("1")
+def test_the_things_of_a_scene_stay_in_their_cells():
+    image = draw_scene(Random(2), {1: Thing("red", "square")}, radius=12)
+    left, top, right, bottom = image.getchannel("R").point(lambda value: 255 * (value > 150)).getbbox()
+    assert left >= CELL
+    assert bottom <= CELL
+    assert right - left == bottom - top == 25
+
+
+def test_a_code_lies_in_one_cell_so_that_one_visual_token_carries_it():
+    for seed in range(8):
+        image = draw_code(Random(seed), "8888")
+        counts = sorted(lit(image, cell) for cell in range(4))
+        assert counts == [0, 0, 0, 4 * 4 * "".join(DIGIT_ROWS["8"]).count("1")]
+
+
+def test_the_agent_is_a_white_frame_in_its_cell():
+    image = draw_walk(Random(1), 2, SCENE)
+    assert [lit(image, cell) for cell in range(4)] == [0, 0, 16 * 16 - 8 * 8, 0]

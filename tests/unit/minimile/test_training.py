@@ -2,16 +2,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kvcomp.minimile import curriculum, training
-from kvcomp.minimile.curriculum import FINAL_STAGE, choose_questions, copy_batch, draw_recipe, story_batch
-from kvcomp.minimile.stories import compose, count_tokens, seeded
-from kvcomp.minimile.training import DECAY_STEPS, LEARNING_RATE, Mix, Progress, Run, train
-from kvcomp.minimile.vocabulary import encode
+from kvcomp.minimile import training
+from kvcomp.minimile.batching import COPY, IGNORED, Batch
+from kvcomp.minimile.training import DECAY_STEPS, LEARNING_RATE, Progress, Run, answer_loss, score, train
 
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    monkeypatch.setattr(training, "FIRST_MIX", Mix(story_tokens=100, copies=1, recalls=1))
+    monkeypatch.setattr(training, "BUDGET", 200)
 
 
 def test_two_steps_and_two_resumed_ones_give_the_weights_of_four(tmp_path):
@@ -66,62 +64,33 @@ def test_learning_rate_warms_up_stays_and_falls():
     assert Progress(step=5_000 + DECAY_STEPS // 2, decay_start=5_000).learning_rate() == pytest.approx(1e-3)
 
 
-def test_stages_advance_once_every_kind_is_right():
+def test_the_decay_starts_once_every_task_is_learned(monkeypatch):
     run = Run()
-    run.progress.stage_step = 40
-    run.progress.right = {"colour": 1.0, "number": 0.8, "copy": 0.0}
-    run.advance()
-    assert run.progress.stage == 0
-    run.progress.right["number"] = 0.86
-    run.advance()
-    assert (run.progress.stage, run.progress.stage_step) == (1, 0)
-    run.progress.stage, run.progress.stage_step = FINAL_STAGE, 40
+    run.progress.step = 7
     run.advance()
     assert run.progress.decay_start is None
-    run.progress.right["number"] = 0.97
+    monkeypatch.setattr(type(run.progress.course), "finished", True)
     run.advance()
-    assert run.progress.decay_start == run.progress.step
+    assert run.progress.decay_start == 7
 
 
-def test_batches_depend_on_seed_and_step_alone():
-    first, again, other = (story_batch(0, step, 3, 400) for step in (5, 5, 6))
-    assert torch.equal(first.input_ids, again.input_ids)
-    assert torch.equal(first.pixel_values, again.pixel_values)
-    assert first.input_ids.shape != other.input_ids.shape or not torch.equal(first.input_ids, other.input_ids)
+def small_batch():
+    """Two answers: a drill of two tokens and a question of one."""
+    targets = torch.tensor([[3, 4, IGNORED, 5]])
+    answers = torch.tensor([[0, 0, -1, 1]])
+    nothing = torch.zeros(0)
+    return Batch(nothing, nothing, targets, answers, nothing, (COPY, "task colour"))
 
 
-def test_the_second_half_of_a_copy_row_is_the_first_one_rotated():
-    batch = copy_batch(0, 0, copies=2, recalls=0)
-    words = batch.input_ids[0, 2:].tolist()  # after the opening, which all rows share
-    first, second = words[: len(words) // 2], words[len(words) // 2 :]
-    turn = first.index(second[0])
-    assert second == first[turn:] + first[:turn]
-    assert (batch.targets[0] >= 0).sum() == len(first) - 1
+def test_an_answer_is_right_when_all_its_tokens_are():
+    logits = torch.eye(8)[[3, 4, 5]]
+    assert score(logits, small_batch()) == {COPY: 1.0, "task colour": 1.0}
+    logits = torch.eye(8)[[3, 6, 5]]
+    assert score(logits, small_batch()) == {COPY: 0.0, "task colour": 1.0}
 
 
-def test_a_recall_row_asks_for_every_value_once_more():
-    batch = copy_batch(0, 0, copies=0, recalls=1)
-    ids, answers = batch.input_ids[0].tolist(), batch.answers[0].tolist()
-    assert batch.kinds == ("recall",) * curriculum.PAIRS
-    for answer in range(curriculum.PAIRS):
-        start, length = answers.index(answer), answers.count(answer)
-        pair = ids[start : start + 1 + length]  # the key, then its value
-        places = [place for place in range(len(ids)) if ids[place : place + len(pair)] == pair]
-        assert len(places) == 2
-
-
-def test_every_row_opens_alike_so_that_no_mode_can_be_told_from_the_opening():
-    stories, copies = story_batch(0, 0, 1, 500), copy_batch(0, 0, copies=2, recalls=2)
-    opening = encode("<|im_start|> user")
-    assert all(row[:2] == opening for row in (*stories.input_ids.tolist(), *copies.input_ids.tolist()))
-
-
-@pytest.mark.parametrize("stage", range(FINAL_STAGE + 1))
-def test_every_stage_asks_distinct_questions_of_a_long_enough_context(stage):
-    rng = seeded("stages", stage)
-    recipe = draw_recipe(rng, stage)
-    story = compose(rng, recipe)
-    questions = choose_questions(rng, story)
-    assert count_tokens(story.parts) >= recipe.tokens
-    assert len({question.text for question in questions}) == len(questions) <= curriculum.QUESTIONS
-    assert sum(question.kind == "code" for question in questions) == recipe.codes
+def test_drills_and_questions_weigh_the_same():
+    logits = 5 * torch.eye(8)[[3, 6, 5]]
+    losses = torch.nn.functional.cross_entropy(logits, torch.tensor([3, 4, 5]), reduction="none")
+    expected = losses[:2].mean() + losses[2]
+    torch.testing.assert_close(answer_loss(logits, small_batch()), expected)
