@@ -4,7 +4,6 @@ learned.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
@@ -36,18 +35,17 @@ to what it names.
 """
 HARD_AFTER = {
     "mini/text_needle_hard": "mini/text_needle",
-    "mini/image_needle_hard": "mini/image_needle",
     "mini/recall_hard": "mini/recall",
 }
 NEWEST_SHARE = 0.7
-QUESTIONS = 10
+QUESTIONS, OTHER_QUESTIONS = 10, 4
 COPY_LENGTH = 24
 PAIR_COUNT = 8
 MEMORY = 0.95
 FRAMED_SHARE = 0.6
 """How many of the steps ask as a chat does, once the first tasks have bound names to what they name."""
 OFTEN_DRILLS, RARE_DRILLS = 0.7, 0.1
-LEARNED_WEIGHT = 0.3
+IDLE_WEIGHT = 0.3
 EARLIER = "earlier"
 """What the kinds of rows below a task's newest level begin with."""
 DRILLED = 0.9
@@ -91,6 +89,17 @@ class Course:
         """Return whether every task is learned at its own size."""
         return all(map(self.learned, (*TASKS, *HARD_TASKS)))
 
+    def draw_task(self, rng: Random, level: int | None = None) -> MiniTask:
+        """Return a task that has not learned all yet more often than one that has.
+
+        Args:
+            rng: decides.
+            level: only tasks that have come to this level, and those that are beyond it as rarely as learned ones.
+        """
+        tasks = [task for task in (*TASKS, *HARD_TASKS) if self.levels.get(task.name, -1) >= (level or 0)]
+        busy = [level in (None, self.levels[task.name]) and not self.learned(task) for task in tasks]
+        return rng.choices(tasks, [1.0 if wanted else IDLE_WEIGHT for wanted in busy])[0]
+
     def remember(self, shares: dict[str, float]) -> None:
         """Take in the shares of right answers of one step."""
         for kind, share in shares.items():
@@ -115,37 +124,32 @@ class Course:
 
 
 def draw_batch(seed: int, step: int, course: Course, budget: int) -> Batch:
-    """Return the rows of one step: about `budget` tokens. All rows have the frame or none, and all have drills or
-    none, so that they are of much the same length.
+    """Return the rows of one step: about `budget` tokens. All rows are of one level, have the frame or none, and have
+    drills or none, so that they are of much the same length.
     """
     rng = seeded("train", seed, step)
     write = write_row if course.bound and rng.random() < FRAMED_SHARE else write_plain_row
     drilled = rng.random() < (RARE_DRILLS if course.drilled else OFTEN_DRILLS)
+    newest = course.levels[course.draw_task(rng).name]
+    level = newest if rng.random() < NEWEST_SHARE else rng.randint(0, newest)
     rows: list[Row] = []
     while budget > 0:
-        rows.append(draw_row(rng, course, write, drilled=drilled))
+        task = course.draw_task(rng, level)
+        story = task.compose(rng, SIZES[level])
+        drills = [_draw_copy(rng), _draw_pairs(rng)] if drilled else []
+        rng.shuffle(drills)
+        label = task.name if level == course.levels[task.name] else EARLIER
+        rows.append(write(story, choose_questions(rng, story, task.kinds), label, drills))
         budget -= len(rows[-1].ids)
     return collate(rows)
 
 
-def draw_row(rng: Random, course: Course, write: Callable[..., Row], *, drilled: bool) -> Row:
-    """Return one row: a task that is not learned yet more often than one that is, its newest level most often."""
-    tasks = [task for task in (*TASKS, *HARD_TASKS) if task.name in course.levels]
-    task = rng.choices(tasks, [LEARNED_WEIGHT if course.learned(task) else 1.0 for task in tasks])[0]
-    newest = course.levels[task.name]
-    level = newest if rng.random() < NEWEST_SHARE else rng.randint(0, newest)
-    story = task.compose(rng, SIZES[level])
-    drills = [_draw_copy(rng), _draw_pairs(rng)] if drilled else []
-    rng.shuffle(drills)
-    return write(story, choose_questions(rng, story, task.kinds), task.name if level == newest else EARLIER, drills)
-
-
 def choose_questions(rng: Random, story: Story, kinds: tuple[str, ...]) -> list[Question]:
-    """Return up to ten questions in random order, those of the given kinds first to be taken."""
+    """Return up to ten questions of the given kinds, or those and up to four others, in random order."""
     own = [question for question in story.questions if question.kind in kinds]
     others = [question for question in story.questions if question.kind not in kinds]
     chosen = rng.sample(own, min(len(own), QUESTIONS))
-    chosen += rng.sample(others, min(len(others), QUESTIONS - len(chosen)))
+    chosen += rng.sample(others, min(len(others), OTHER_QUESTIONS, QUESTIONS - len(chosen)))
     rng.shuffle(chosen)
     return chosen
 

@@ -96,7 +96,7 @@ def draw_code(rng: Random, digits: str) -> Image.Image:
     draw = ImageDraw.Draw(image)
     cell = rng.randrange(CELLS)
     for place, digit in enumerate(digits):
-        left = CELL * (cell % 2) + PATCH * (place % 2) + rng.randint(0, PATCH - 10)
+        left = CELL * (cell % 2) + PATCH * (place % 2) + rng.randint(1, 3)
         _draw_digit(draw, left, CELL * (cell // 2) + PATCH * (place // 2), digit, 2, WHITE)
     return _noisy(rng, image)
 

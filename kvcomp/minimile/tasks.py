@@ -7,10 +7,10 @@ repeats what was asked for before it says anything (`colour of lisbon ?`, `lisbo
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from random import Random
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from kvcomp.lab.tasks import Sample, Task
 from kvcomp.minimile.rendering import (
@@ -150,6 +150,7 @@ class RecallHard(MiniTask):
         for number, name in enumerate(rng.sample(NAMES, _scaled(16, size))):
             scene = _unlike_things(rng, held_out=held_out and number == 0)
             items.append((name, draw_scene(rng, scene)))
+            questions += _captions(name, [scene], number)
             for thing in scene.values():
                 inside = f"in {name}"
                 questions += [
@@ -224,6 +225,20 @@ class MMCoQA(MiniTask):
         return Story((*story.parts, *history), fresh, story.places)
 
 
+class Pair(NamedTuple):
+    """What follows a name in a task about pairs.
+
+    Attributes:
+        parts: of the context.
+        said: what there is to say about it.
+        scenes: what its images show, by cell.
+    """
+
+    parts: Item
+    said: str
+    scenes: tuple[Mapping[int, Thing], ...]
+
+
 class Pairs(MiniTask):
     """A task about pairs of images, a first and a second one, of which one pair is asked for by name."""
 
@@ -235,14 +250,15 @@ class Pairs(MiniTask):
         items: list[Item] = []
         questions: list[Question] = []
         for number, name in enumerate(rng.sample(NAMES, _scaled(self.pairs, size))):
-            item, value = self.pair(rng, held_out=held_out and number == 0)
-            items.append((name, *item))
-            questions.append(Question(self.kinds[0], self.ask, name, value, (number,)))
+            pair = self.pair(rng, held_out=held_out and number == 0)
+            items.append((name, *pair.parts))
+            questions.append(Question(self.kinds[0], self.ask, name, pair.said, (number,)))
+            questions += _captions(name, pair.scenes, number)
         return _story(rng, items, questions, self.tokens * size, depth)
 
     @abstractmethod
-    def pair(self, rng: Random, *, held_out: bool) -> tuple[Item, str]:
-        """Return what follows the name, and what there is to say about it."""
+    def pair(self, rng: Random, *, held_out: bool) -> Pair:
+        """Return one pair."""
 
 
 class ClevrChange(Pairs):
@@ -251,7 +267,7 @@ class ClevrChange(Pairs):
     name = "mini/clevr_change"
     kinds, ask = ("change",), "change of"
 
-    def pair(self, rng: Random, *, held_out: bool) -> tuple[Item, str]:
+    def pair(self, rng: Random, *, held_out: bool) -> Pair:
         """Return the two images and the change."""
         before = _scene(rng, rng.randint(2, 3), held_out=held_out)
         cell, thing = rng.choice(list(before.items()))
@@ -268,7 +284,7 @@ class ClevrChange(Pairs):
             said = f"{thing} {change}"
         if change == "added":
             before, after = after, before
-        return (draw_scene(rng, before), draw_scene(rng, after)), said
+        return Pair((draw_scene(rng, before), draw_scene(rng, after)), said, (before, after))
 
 
 class SpotDiff(Pairs):
@@ -277,7 +293,7 @@ class SpotDiff(Pairs):
     name = "mini/spot_diff"
     kinds, ask = ("difference",), "difference of"
 
-    def pair(self, rng: Random, *, held_out: bool) -> tuple[Item, str]:
+    def pair(self, rng: Random, *, held_out: bool) -> Pair:
         """Return the two images and the differences."""
         before = _scene(rng, 3, held_out=held_out)
         after = dict(before)
@@ -290,7 +306,7 @@ class SpotDiff(Pairs):
             if cell == mover:
                 after[free] = thing
             said.append(f"{thing} {'moved' if cell == mover else 'gone'}")
-        return (draw_scene(rng, before), draw_scene(rng, after)), " ".join(said)
+        return Pair((draw_scene(rng, before), draw_scene(rng, after)), " ".join(said), (before, after))
 
 
 class IEdit(Pairs):
@@ -299,7 +315,7 @@ class IEdit(Pairs):
     name = "mini/iedit"
     kinds, ask = ("edit",), "edit of"
 
-    def pair(self, rng: Random, *, held_out: bool) -> tuple[Item, str]:
+    def pair(self, rng: Random, *, held_out: bool) -> Pair:
         """Return the two images and the edit."""
         before = _scene(rng, 3, held_out=held_out)
         after, background, radius = dict(before), None, 9
@@ -320,7 +336,8 @@ class IEdit(Pairs):
             else:
                 after = {cell: Thing(colour, thing.shape) for cell, thing in before.items()}
             said = f"{said} {colour}"
-        return (draw_scene(rng, before), draw_scene(rng, after, background, radius)), said
+        images = (draw_scene(rng, before), draw_scene(rng, after, background, radius))
+        return Pair(images, said, (before, after))
 
 
 class Alfred(Pairs):
@@ -330,7 +347,7 @@ class Alfred(Pairs):
     kinds, ask = ("plan",), "plan of"
     pairs = 14
 
-    def pair(self, rng: Random, *, held_out: bool) -> tuple[Item, str]:
+    def pair(self, rng: Random, *, held_out: bool) -> Pair:
         """Return the goal and what the agent sees, and the plan."""
         scene = _scene(rng, 3, held_out=held_out)
         agent = next(cell for cell in range(CELLS) if cell not in scene)
@@ -340,7 +357,7 @@ class Alfred(Pairs):
             steps.append("right" if cell % 2 else "left")
         if cell // 2 != agent // 2:
             steps.append("down" if cell // 2 else "up")
-        return (str(goal), draw_walk(rng, agent, scene)), " ".join(steps)
+        return Pair((str(goal), draw_walk(rng, agent, scene)), " ".join(steps), (scene,))
 
 
 TASKS: tuple[MiniTask, ...] = (
@@ -411,6 +428,13 @@ def _things(rng: Random, count: int, *, held_out: bool) -> list[Thing]:
     """Return things that are all different, with `held_out` one of `HELD_OUT` first."""
     things = rng.sample(THINGS, count)
     return [rng.choice(HELD_OUT), *things[1:]] if held_out else things
+
+
+def _captions(name: str, scenes: Sequence[Mapping[int, Thing]], item: int) -> list[Question]:
+    """Return questions after the things in an image, in reading order, which only a training asks."""
+    asks = ("first of", "next of")
+    shown = [" ".join(str(scene[cell]) for cell in sorted(scene)) for scene in scenes]
+    return [Question("caption", ask, name, value, (item,)) for ask, value in zip(asks, shown, strict=False)]
 
 
 def _scene(rng: Random, count: int, *, held_out: bool) -> dict[int, Thing]:

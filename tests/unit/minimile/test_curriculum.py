@@ -7,6 +7,7 @@ from kvcomp.minimile.curriculum import (
     EARLIER,
     FINAL_LEVEL,
     FIRST_TASKS,
+    OTHER_QUESTIONS,
     PASS,
     QUESTIONS,
     Course,
@@ -52,7 +53,7 @@ def test_the_others_begin_once_names_are_bound():
     assert set(course.levels) == set(FIRST_TASKS)
     course.levels = dict.fromkeys(FIRST_TASKS, 2)
     course.advance()
-    assert set(course.levels) == {task.name for task in TASKS}
+    assert set(course.levels) == {task.name for task in TASKS} | {"mini/image_needle_hard"}
     course.levels["mini/recall"] = FINAL_LEVEL
     course.advance()
     assert "mini/recall_hard" in course.levels
@@ -114,8 +115,9 @@ def test_questions_of_levels_below_the_newest_do_not_count_for_it():
     assert {kind.split()[0] for kind in kinds} <= {*ALL, EARLIER, COPY, PAIRS}
 
 
-def test_own_questions_are_chosen_first():
+def test_own_questions_are_chosen_first_and_few_others():
     story = ALL["mini/text_needle"].compose(seeded("choice"), 1.0)
     chosen = choose_questions(seeded("order"), story, ("number",))
-    assert len(chosen) == len({question.text for question in chosen}) == QUESTIONS
+    assert len(chosen) == len({question.text for question in chosen}) == 2 + OTHER_QUESTIONS
     assert sum(question.kind == "number" for question in chosen) == 2
+    assert len(choose_questions(seeded("order"), story, ("colour", "shape"))) == QUESTIONS
