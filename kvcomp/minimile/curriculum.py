@@ -38,7 +38,7 @@ HARD_AFTER = {
     "mini/recall_hard": "mini/recall",
 }
 NEWEST_SHARE = 0.7
-QUESTIONS, OTHER_QUESTIONS = 10, 4
+QUESTIONS, OTHER_QUESTIONS = 10, 2
 COPY_LENGTH = 24
 PAIR_COUNT = 8
 MEMORY = 0.95
@@ -48,7 +48,7 @@ OFTEN_DRILLS, RARE_DRILLS = 0.7, 0.1
 IDLE_WEIGHT = 0.3
 EARLIER = "earlier"
 """What the kinds of rows below a task's newest level begin with."""
-DRILLED = 0.9
+DRILLED = 0.8
 """Drills become rare when this share of them is right to the last token."""
 
 
@@ -145,7 +145,7 @@ def draw_batch(seed: int, step: int, course: Course, budget: int) -> Batch:
 
 
 def choose_questions(rng: Random, story: Story, kinds: tuple[str, ...]) -> list[Question]:
-    """Return up to ten questions of the given kinds, or those and up to four others, in random order."""
+    """Return up to ten questions of the given kinds, or those and up to two others, in random order."""
     own = [question for question in story.questions if question.kind in kinds]
     others = [question for question in story.questions if question.kind not in kinds]
     chosen = rng.sample(own, min(len(own), QUESTIONS))

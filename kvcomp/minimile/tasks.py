@@ -250,15 +250,16 @@ class Pairs(MiniTask):
         items: list[Item] = []
         questions: list[Question] = []
         for number, name in enumerate(rng.sample(NAMES, _scaled(self.pairs, size))):
-            pair = self.pair(rng, held_out=held_out and number == 0)
+            things = 1 if size < 0.1 else 3 if size == 1 else rng.randint(1, 3)
+            pair = self.pair(rng, things, held_out=held_out and number == 0)
             items.append((name, *pair.parts))
             questions.append(Question(self.kinds[0], self.ask, name, pair.said, (number,)))
             questions += _captions(name, pair.scenes, number)
         return _story(rng, items, questions, self.tokens * size, depth)
 
     @abstractmethod
-    def pair(self, rng: Random, *, held_out: bool) -> Pair:
-        """Return one pair."""
+    def pair(self, rng: Random, things: int, *, held_out: bool) -> Pair:
+        """Return one pair whose first image shows up to this many things."""
 
 
 class ClevrChange(Pairs):
@@ -267,9 +268,9 @@ class ClevrChange(Pairs):
     name = "mini/clevr_change"
     kinds, ask = ("change",), "change of"
 
-    def pair(self, rng: Random, *, held_out: bool) -> Pair:
+    def pair(self, rng: Random, things: int, *, held_out: bool) -> Pair:
         """Return the two images and the change."""
-        before = _scene(rng, rng.randint(2, 3), held_out=held_out)
+        before = _scene(rng, rng.randint(min(2, things), things), held_out=held_out)
         cell, thing = rng.choice(list(before.items()))
         after = dict(before)
         change = rng.choice(("colour", "shape", "gone", "added"))
@@ -293,12 +294,12 @@ class SpotDiff(Pairs):
     name = "mini/spot_diff"
     kinds, ask = ("difference",), "difference of"
 
-    def pair(self, rng: Random, *, held_out: bool) -> Pair:
+    def pair(self, rng: Random, things: int, *, held_out: bool) -> Pair:
         """Return the two images and the differences."""
-        before = _scene(rng, 3, held_out=held_out)
+        before = _scene(rng, things, held_out=held_out)
         after = dict(before)
-        changed = sorted(rng.sample(list(before), rng.randint(1, 2)))
-        free = next(cell for cell in range(CELLS) if cell not in before)
+        changed = sorted(rng.sample(list(before), rng.randint(1, min(2, things))))
+        free = rng.choice([cell for cell in range(CELLS) if cell not in before])
         mover = rng.choice([*changed, None])
         said = []
         for cell in changed:
@@ -315,9 +316,9 @@ class IEdit(Pairs):
     name = "mini/iedit"
     kinds, ask = ("edit",), "edit of"
 
-    def pair(self, rng: Random, *, held_out: bool) -> Pair:
+    def pair(self, rng: Random, things: int, *, held_out: bool) -> Pair:
         """Return the two images and the edit."""
-        before = _scene(rng, 3, held_out=held_out)
+        before = _scene(rng, things, held_out=held_out)
         after, background, radius = dict(before), None, 9
         said = rng.choice(("background", "paint", "remove", "bigger", "smaller", "mirror", "flip"))
         if said in ("bigger", "smaller"):
@@ -347,10 +348,10 @@ class Alfred(Pairs):
     kinds, ask = ("plan",), "plan of"
     pairs = 14
 
-    def pair(self, rng: Random, *, held_out: bool) -> Pair:
+    def pair(self, rng: Random, things: int, *, held_out: bool) -> Pair:
         """Return the goal and what the agent sees, and the plan."""
-        scene = _scene(rng, 3, held_out=held_out)
-        agent = next(cell for cell in range(CELLS) if cell not in scene)
+        scene = _scene(rng, things, held_out=held_out)
+        agent = rng.choice([cell for cell in range(CELLS) if cell not in scene])
         cell, goal = rng.choice(list(scene.items()))
         steps = []
         if cell % 2 != agent % 2:

@@ -29,7 +29,7 @@ DIGESTS = {
     "things": "b8615f19a31f4464",
     "scenes": "5118bb650ee87565",
     "walks": "654cba6e6eb37448",
-    "codes": "0da0a708a006d751",
+    "codes": "ee15bcc0b1617eb5",
     "tables": "aaf6ad02bdd5de2c",
 }
 
