@@ -44,11 +44,11 @@ PAIR_COUNT = 8
 MEMORY = 0.95
 FRAMED_SHARE = 0.6
 """How many of the steps ask as a chat does, once the first tasks have bound names to what they name."""
-OFTEN_DRILLS, RARE_DRILLS = 0.7, 0.1
-IDLE_WEIGHT = 0.3
+OFTEN_DRILLS, RARE_DRILLS = 0.7, 0.05
+IDLE_WEIGHT = 0.2
 EARLIER = "earlier"
 """What the kinds of rows below a task's newest level begin with."""
-DRILLED = 0.8
+DRILLED = 0.7
 """Drills become rare when this share of them is right to the last token."""
 
 
