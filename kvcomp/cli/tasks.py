@@ -14,7 +14,9 @@ from kvcomp.cli.terminal import Advance, byte_progress, emit_json, emit_table, p
 from kvcomp.core.errors import DataError, InputError
 from kvcomp.core.registry import Entry, registry
 from kvcomp.lab.milebench import MileBenchTask, Opened, export_samples, open_folder
-from kvcomp.lab.milebench.archives import LICENCE, Archive, archives_of, download_from_hub, fetch
+from kvcomp.lab.milebench.archives import LICENCE, Archive, archives_of
+from kvcomp.lab.milebench.fetching import fetch
+from kvcomp.lab.milebench.hub import download_from_hub
 from kvcomp.lab.milebench.names import KNOWN
 from kvcomp.lab.tasks import Sample, Task
 

@@ -333,7 +333,7 @@ def test_there_is_no_training_split_and_no_sample_beyond_the_last(tmp_path):
     "entry", ["", "/etc/passwd", "../x", "a/../../x", "C:/x", "C:x", "a\\b", "..", "a\0b", "x" * 5000]
 )
 def test_image_paths_that_leave_the_folder_or_cannot_be_names(tmp_path, entry):
-    with pytest.raises(InputError, match="must be a path inside the task's folder|no such image"):
+    with pytest.raises(InputError, match=r"must be a path inside the task's folder|no such image"):
         find_image(tmp_path, entry)
 
 
