@@ -170,10 +170,9 @@ def test_truncation_is_recorded_and_cuts(tmp_path):
 
 def test_a_window_that_the_instruction_fills_is_a_fault(tmp_path):
     write_task(tmp_path, "ALFRED", [ALFRED])
-    (first, *_) = faults_of(tmp_path, truncation=Truncation(2, 2, str.split, " ".join))
-    assert first == (
-        "ALFRED/ALFRED.json: meta_data.task_instruction[1]: leaves nothing of max_context_len=2; use a larger one"
-    )
+    faults = faults_of(tmp_path, truncation=Truncation(2, 2, str.split, " ".join))
+    fault = "ALFRED/ALFRED.json: meta_data.task_instruction[{}]: leaves nothing of max_context_len=2; use a larger one"
+    assert faults == (fault.format(1), fault.format(2))
 
 
 # --- faults ---
