@@ -9,6 +9,7 @@ from kvcomp.core.config import strategy
 from kvcomp.core.errors import (
     BudgetError,
     ConfigError,
+    DataError,
     DuplicateNameError,
     IgnoredSettingWarning,
     InputError,
@@ -61,6 +62,7 @@ __all__ = [
     "CompressedCache",
     "CompressedLayer",
     "ConfigError",
+    "DataError",
     "DuplicateNameError",
     "IgnoredSettingWarning",
     "InputError",

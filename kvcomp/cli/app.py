@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from kvcomp.cli.catalogue import check, list_entries, show
 from kvcomp.cli.demo import demo
 from kvcomp.cli.run import run
+from kvcomp.cli.tasks import app as tasks
 from kvcomp.core.errors import KVCompError, KVCompWarning
 from kvcomp.version import __version__
 
@@ -66,3 +67,4 @@ app.command()(show)
 app.command()(check)
 app.command()(run)
 app.command()(demo)
+app.add_typer(tasks, name="tasks")

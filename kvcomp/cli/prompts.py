@@ -1,32 +1,14 @@
-"""From a prompt and image files to the inputs of a model."""
+"""From a prompt and images to the inputs of a model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from kvcomp.core.errors import InputError
-
-
-def open_image(path: Path) -> Image.Image:
-    """Return the image in a file, in RGB.
-
-    Raises:
-        InputError: the file is not there, or is no image, or is damaged.
-    """
-    try:
-        with Image.open(path) as image:
-            image.verify()
-        with Image.open(path) as image:  # verify() leaves an image unusable
-            return image.convert("RGB")
-    except UnidentifiedImageError:
-        raise InputError(f"an image file must be one that Pillow can read, and this one is not: {path}") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"the image file {path} cannot be read: {error}") from None
 
 
 def encode_prompt(processor: Any, prompt: str, images: Sequence[Image.Image], multimodal: bool) -> Mapping[str, Any]:

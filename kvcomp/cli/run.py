@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from kvcomp.cli.models import Source, find_model, load_model, load_processor
-from kvcomp.cli.prompts import count_tokens, encode_prompt, move, open_image
+from kvcomp.cli.prompts import count_tokens, encode_prompt, move
 from kvcomp.cli.quiet import quiet_transformers
 from kvcomp.cli.terminal import Advance, emit_json, progress
 from kvcomp.core.config import strategy as build_strategy
 from kvcomp.core.errors import ConfigError, InputError
+from kvcomp.lab.images import open_image
 from kvcomp.runtime.cache import CompressedCache
 from kvcomp.runtime.report import Report
 from kvcomp.runtime.session import compress

@@ -10,12 +10,23 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 PLAIN_SECONDS = 10.0  # between two lines of progress where stderr is no terminal
 
 Advance = Callable[[str], None]
+Meter = Callable[[str, int, int | None], None]
 
 
 def emit_json(document: Any) -> None:
@@ -91,3 +102,36 @@ def _plain_progress(what: str, steps: int | None) -> Advance:
             typer.echo(f"{what}: {done}{of}, {now - started:.0f} s{f', {step}' if step else ''}", err=True)
 
     return advance
+
+
+@contextmanager
+def byte_progress() -> Iterator[Meter]:
+    """Give a function that is told what is going on, how many bytes are done, and of how many. All goes to stderr."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _plain_meter()
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bars:
+        known: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int | None) -> None:
+            if what not in known:
+                known[what] = bars.add_task(what, total=total)
+            bars.update(known[what], completed=done, total=total)
+
+        yield show
+
+
+def _plain_meter() -> Meter:
+    last = time.monotonic()
+
+    def show(what: str, done: int, total: int | None) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= PLAIN_SECONDS:
+            last = now
+            of = "" if total is None else f" of {total:,}"
+            typer.echo(f"{what}: {done:,}{of} bytes", err=True)
+
+    return show

@@ -2,6 +2,7 @@
 
 KVCompError
 ├── ConfigError (ValueError)             a strategy file or override with faults; lists all of them, each with its path
+├── DataError (ValueError)               a folder of task data with faults; lists all of them, with file and sample
 ├── UnknownNameError (LookupError)       no part, recipe, adapter, task or testbed of that name
 ├── DuplicateNameError (ValueError)      two plugins claim one name
 ├── BudgetError (ValueError)             a budget that cannot be read or cannot be met; `smallest` says what could
@@ -17,11 +18,12 @@ KVCompWarning (UserWarning)
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "BudgetError",
     "ConfigError",
+    "DataError",
     "DuplicateNameError",
     "IgnoredSettingWarning",
     "InputError",
@@ -45,9 +47,23 @@ class ConfigError(KVCompError, ValueError):
     def __init__(self, faults: Iterable[str], source: str = "strategy") -> None:
         self.faults = tuple(faults)
         self.source = source
-        lines = "\n".join(f"  {fault}" for fault in self.faults)
-        count = len(self.faults)
-        super().__init__(f"{source} has {count} fault{'s' if count != 1 else ''}:\n{lines}")
+        super().__init__(_list_faults(source, self.faults))
+
+
+class DataError(KVCompError, ValueError):
+    """A folder of task data that cannot be used. `faults` holds every fault found, as `file: sample: key: what`.
+
+    The message shows the first 50 of them.
+    """
+
+    SHOWN = 50
+
+    def __init__(self, faults: Iterable[str], source: str) -> None:
+        self.faults = tuple(faults)
+        self.source = source
+        more = len(self.faults) - self.SHOWN
+        rest = f"\n  and {more} more" if more > 0 else ""
+        super().__init__(_list_faults(source, self.faults, self.SHOWN) + rest)
 
 
 class UnknownNameError(KVCompError, LookupError):
@@ -92,6 +108,11 @@ class IgnoredSettingWarning(KVCompWarning):
 
 class UnusedCacheWarning(KVCompWarning):
     """A cache was made and never used."""
+
+
+def _list_faults(source: str, faults: Sequence[str], most: int | None = None) -> str:
+    lines = "\n".join(f"  {fault}" for fault in faults[:most])
+    return f"{source} has {len(faults)} fault{'s' if len(faults) != 1 else ''}:\n{lines}"
 
 
 def suggest(name: str, available: Iterable[str]) -> str:

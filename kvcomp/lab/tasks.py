@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from PIL import Image
+
+from kvcomp.lab.scoring import exact_match
 
 Part = str | Image.Image
 
@@ -62,8 +64,9 @@ class Task(ABC):
     `sample(split, index)` is deterministic, and different splits never share a random seed.
     """
 
-    name: ClassVar[str]
-    metric: ClassVar[str] = "exact match"  # what `score` measures
+    name: str
+    metric: str = "exact match"  # what `score` measures
+    size: int | None = None  # how many samples there are; None where there is always one more
 
     @abstractmethod
     def sample(self, split: str, index: int) -> Sample:
@@ -71,8 +74,12 @@ class Task(ABC):
 
     def exact_match(self, prediction: str, sample: Sample) -> bool:
         """Return whether the prediction is the whole reference answer, white space aside."""
-        return prediction.split() == sample.answer.split()
+        return bool(exact_match(prediction, sample.answer))
 
     def score(self, prediction: str, sample: Sample) -> float:
         """Return the score of a prediction, between 0 and 1, by the task's own metric."""
         return float(self.exact_match(prediction, sample))
+
+    def scores(self, prediction: str, sample: Sample) -> dict[str, float]:
+        """Return every score that the task offers, by the name of its metric; its own comes first."""
+        return {self.metric: self.score(prediction, sample)}

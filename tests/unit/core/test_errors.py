@@ -11,6 +11,7 @@ from kvcomp.core import errors
 ERRORS = [member for name in errors.__all__ if issubclass(member := getattr(errors, name), Exception)]
 BUILTINS = {
     "ConfigError": ValueError,
+    "DataError": ValueError,
     "UnknownNameError": LookupError,
     "DuplicateNameError": ValueError,
     "BudgetError": ValueError,
@@ -56,6 +57,14 @@ def test_a_config_error_lists_every_fault_and_counts_them() -> None:
     assert error.faults == ("a: one", "b: two")
     assert str(error) == "recipe 'x' has 2 faults:\n  a: one\n  b: two"
     assert "has 1 fault:\n" in str(errors.ConfigError(["a: one"]))
+
+
+def test_a_data_error_holds_every_fault_and_shows_the_first_50() -> None:
+    error = errors.DataError((f"fault {number}" for number in range(60)), source="data")
+    assert len(error.faults) == 60
+    assert str(error).startswith("data has 60 faults:\n  fault 0\n")
+    assert str(error).endswith("  fault 49\n  and 10 more")
+    assert str(errors.DataError(["a"], source="data")) == "data has 1 fault:\n  a"
 
 
 def test_a_budget_error_says_what_would_do() -> None:

@@ -18,7 +18,7 @@ class Echo(Task):
     """Asks for a number. Samples with an odd index have one image more, so that batches are padded."""
 
     def __init__(self, name: str = "fake/echo") -> None:
-        self.name = name  # type: ignore[misc]
+        self.name = name
 
     def sample(self, split: str, index: int) -> Sample:
         return Sample((f"{split} {index}",), "which ?", str(index))

@@ -1,0 +1,195 @@
+"""Reading one annotation file with its images: everything is checked at once, before a sample is used.
+
+What the files may hold although it looks odd: numbers and references in either type, instructions as a list or a
+mapping, an empty question type, a repeated placeholder, an image that nothing names, image paths from the task's folder
+or from the `images` folder in it. Everything else that is wrong is a fault, named with file, sample and key.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from kvcomp.core.errors import DataError, InputError
+from kvcomp.lab.milebench.image_files import ImageFolder
+from kvcomp.lab.milebench.names import official_metric
+from kvcomp.lab.milebench.prompts import PlaceholderPolicy, Truncation
+from kvcomp.lab.milebench.schema import PLACEHOLDER, Annotation, Meta, Model
+from kvcomp.lab.scoring import normalise_official
+
+M = TypeVar("M", bound=Model)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How prompts are built; it belongs into every result file.
+
+    Attributes:
+        placeholder_policy: which image a placeholder shows.
+        truncation: what is cut; None keeps everything.
+    """
+
+    placeholder_policy: PlaceholderPolicy = "by_index"
+    truncation: Truncation | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings that a result file records."""
+        cut = self.truncation
+        return {
+            "placeholder_policy": self.placeholder_policy,
+            "max_context_len": cut and cut.max_context_len,
+            "tokens_per_image": cut and cut.tokens_per_image,
+        }
+
+
+@dataclass(frozen=True)
+class Item:
+    """One checked sample: its annotation and its image files, in the order of `images_path`."""
+
+    annotation: Annotation
+    images: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class AnnotationFile:
+    """One checked file."""
+
+    path: Path
+    meta: Meta
+    items: tuple[Item, ...]
+
+
+def load_json(path: Path) -> Any:
+    """Return the document in a JSON file.
+
+    Raises:
+        InputError: the file cannot be read, or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"must be a JSON file that can be read: {error}") from None
+
+
+def read_annotations(path: Path, name: str, document: Any, reading: Reading) -> AnnotationFile:
+    """Return the samples of a task's file, checked with their images.
+
+    Args:
+        path: the file; image paths start beside it.
+        name: the task's name, which decides the official metric.
+        document: what the file holds.
+        reading: how prompts will be built.
+
+    Raises:
+        DataError: with every fault of the file and its images.
+    """
+    faults: list[str] = []
+    parts = _top_level(document, faults)
+    meta = None if parts is None else _parse(Meta, parts[0], "meta_data", faults)
+    if parts is None:
+        raise DataError(faults, str(path))
+    if meta is not None:
+        faults += _meta_faults(meta, name, reading)
+    images = ImageFolder(path.parent)
+    items = []
+    for position, record in enumerate(parts[1]):
+        label, found = _label(record, position), list[str]()
+        annotation = _parse(Annotation, record, "", found)
+        if annotation is not None:
+            found += _sample_faults(annotation, meta, reading)
+            items.append(Item(annotation, images.find_all(annotation.task_instance.images_path, found)))
+        faults += [f"{label}: {fault}" for fault in found]
+    faults += _repeated(items)
+    if faults or meta is None:
+        raise DataError(faults, str(path))
+    return AnnotationFile(path, meta, tuple(items))
+
+
+def _top_level(document: Any, faults: list[str]) -> tuple[Any, list[Any]] | None:
+    """Return meta data and records of a file, or None with the faults added."""
+    if not isinstance(document, dict):
+        faults.append(f"must be an object with the keys meta_data and data, got {_short(document)}")
+        return None
+    faults += [f"{key}: is missing" for key in ("meta_data", "data") if key not in document]
+    records = document.get("data", [])
+    if not isinstance(records, list):
+        faults.append(f"data: must be a list of samples, got {_short(records)}")
+    elif not records and "data" in document:
+        faults.append("data: must hold at least one sample")
+    return None if faults else (document["meta_data"], records)
+
+
+def _parse(model: type[M], record: Any, at: str, faults: list[str]) -> M | None:
+    """Return a record as a model, or None with the faults added. JSON again, so that a list may be a tuple."""
+    try:
+        return model.model_validate_json(json.dumps(record))
+    except ValidationError as error:
+        faults += [_describe(at, dict(detail)) for detail in error.errors(include_url=False)]
+        return None
+
+
+def _describe(at: str, detail: dict[str, Any]) -> str:
+    """Return one error of pydantic as `key: what must hold, what was given`."""
+    path = at
+    for key in detail["loc"]:
+        path += f"[{key}]" if isinstance(key, int) else f".{key}" if path else str(key)
+    if detail["type"] == "missing":
+        return f"{path}: is missing"
+    message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    given = "" if detail["type"] == "value_error" else f", got {_short(detail['input'])}"
+    return f"{path}: {message}{given}" if path else f"{message}{given}"
+
+
+def _meta_faults(meta: Meta, name: str, reading: Reading) -> Iterator[str]:
+    by_type = meta.metric is None and official_metric(name) == "rouge_l_official"
+    if by_type and meta.question_type not in ("open-ended", ""):
+        yield f"meta_data.question_type: must be 'open-ended' or empty, got {meta.question_type!r}"
+    if reading.truncation is None:
+        return
+    for number, instruction in meta.task_instruction.items():
+        if reading.truncation.budget(instruction) <= 0:
+            length = reading.truncation.max_context_len
+            yield f"meta_data.task_instruction[{number}]: leaves nothing of max_context_len={length}; use a larger one"
+
+
+def _sample_faults(annotation: Annotation, meta: Meta | None, reading: Reading) -> Iterator[str]:
+    instance = annotation.task_instance
+    if meta is not None and annotation.task_instruction_id not in meta.task_instruction:
+        known = ", ".join(map(str, meta.task_instruction)) or "none"
+        yield f"task_instruction_id: must be one of {known}, got {annotation.task_instruction_id}"
+    if meta is not None and meta.metric is None and not normalise_official(annotation.response):
+        yield f"response: must hold more than punctuation, got {annotation.response!r}"
+    if reading.placeholder_policy == "by_index":
+        yield from _placeholder_faults(instance.context, len(instance.images_path))
+
+
+def _placeholder_faults(context: str, images: int) -> Iterator[str]:
+    for match in {match[0]: match for match in PLACEHOLDER.finditer(context)}.values():
+        if not 1 <= int(match[1]) <= images:
+            yield (
+                f"task_instance.context: {match[0]} must name one of the {images} images of images_path, counted from "
+                "1; the placeholder policy 'official' reads it as MileBench does"
+            )
+
+
+def _repeated(items: list[Item]) -> list[str]:
+    counts = Counter(item.annotation.sample_id for item in items)
+    often = {number: count for number, count in counts.items() if count > 1}
+    return [f"sample {number}: sample_id: must be unique, got {count} of it" for number, count in often.items()]
+
+
+def _label(record: Any, position: int) -> str:
+    """Return what a sample is called in a fault: its id, or where it stands in the file."""
+    number = record.get("sample_id") if isinstance(record, dict) else None
+    return f"sample {number}" if isinstance(number, int | str) else f"data[{position}]"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
