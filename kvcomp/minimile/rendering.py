@@ -67,15 +67,23 @@ def draw_thing(rng: Random, thing: Thing) -> Image.Image:
 def draw_scene(rng: Random, things: Mapping[int, Thing], background: str | None = None, radius: int = 9) -> Image.Image:
     """Return an image of small shapes, each in its own cell (0 to 3, in reading order).
 
+    The cells are lit differently, the same way in every image. Without that nothing but M-RoPE would tell where a token
+    lies, and its column turns by a thousandth of a radian from one token to the next.
+
     Args:
         rng: decides places to two pixels, and the noise.
         things: by cell.
         background: a colour, drawn dark; None for grey.
         radius: of the shapes, in pixels.
     """
-    fill = _grey(rng) if background is None else _dark(RGB[background])
-    image = Image.new("RGB", (SIDE, SIDE), fill)
+    image = Image.new("RGB", (SIDE, SIDE))
     draw = ImageDraw.Draw(image)
+    base = (_SHADE,) * 3 if background is None else _dark(RGB[background])
+    light = rng.randint(0, 16)
+    for cell in range(CELLS):
+        fill = tuple(part + light + _SHADE * cell for part in base)
+        left, top = CELL * (cell % 2), CELL * (cell // 2)
+        draw.rectangle((left, top, left + CELL - 1, top + CELL - 1), fill=fill)
     for cell, thing in things.items():
         x, y = (CELL * place + CELL // 2 + rng.randint(-2, 2) for place in (cell % 2, cell // 2))
         _PAINTERS[thing.shape](draw, x, y, radius, RGB[thing.colour])
@@ -127,6 +135,7 @@ def _noisy(rng: Random, image: Image.Image) -> Image.Image:
     return ImageChops.add(image, noise.point(_LOW_BITS))
 
 
+_SHADE = 16
 _LOW_BITS = [value & 15 for value in range(256)] * 3
 
 
