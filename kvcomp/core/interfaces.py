@@ -19,6 +19,9 @@ class Part(BaseModel, ABC):
 
     `requires` and `provides` name what must come from, and what it gives to, the other parts of a pipeline; a pipeline
     in which something required is provided by nobody is refused when it is built.
+
+    A part may hold other parts: a field annotated with an interface (`merger: Merger`) is written in a file as
+    `{use: NAME, field: value}`, and what the part inside requires, provides and observes counts as its holder's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -33,13 +36,34 @@ class Part(BaseModel, ABC):
         if use is not None:
             cls.use = use
 
+    @classmethod
+    def part_fields(cls) -> dict[str, type[Part]]:
+        """Return the fields that hold another part, each with its interface."""
+        annotations = {name: field.annotation for name, field in cls.model_fields.items()}
+        return {name: held for name, held in annotations.items() if isinstance(held, type) and issubclass(held, Part)}
+
+    def inner_parts(self) -> tuple[Part, ...]:
+        """Return the parts that this part holds."""
+        return tuple(getattr(self, name) for name in self.part_fields())
+
+    def family(self) -> tuple[Part, ...]:
+        """Return this part and all parts inside it, however deep."""
+        return (self, *(member for part in self.inner_parts() for member in part.family()))
+
+    def gives(self) -> frozenset[str]:
+        """Return what this part and the parts inside it provide."""
+        return frozenset().union(*(part.provides for part in self.family()))
+
     def observations(self) -> tuple[Observation, ...]:
-        """Return the attention statistics that this part reads from `layer.observations`."""
-        return ()
+        """Return the attention statistics that this part reads from `layer.observations`; those of the parts inside it
+        unless overridden.
+        """
+        return tuple(seen for part in self.inner_parts() for seen in part.observations())
 
     def dump(self) -> dict[str, Any]:
         """Return the part as a strategy file holds it."""
-        return {"use": self.use, **self.model_dump(mode="json")}
+        inner = {name: getattr(self, name).dump() for name in self.part_fields()}
+        return {"use": self.use, **self.model_dump(mode="json", exclude=set(inner)), **inner}
 
 
 class Observation(Part):
@@ -153,6 +177,18 @@ class Merger(Part):
 
     kind = "merger"
     requires = frozenset({"pivots"})
+
+    @property
+    def convex(self) -> frozenset[str]:
+        """Return which of `keys` and `values` are convex combinations of a slot's members: no coordinate leaves their
+        range, and equal vectors merge to themselves.
+        """
+        return frozenset({"keys", "values"})
+
+    @property
+    def alike(self) -> bool:
+        """Return whether keys and values are merged by the same formula: equal ones stay equal."""
+        return True
 
     @abstractmethod
     def merge(self, layer: LayerView, pivots: Pivots, assignment: Assignment) -> tuple[Tensor, Tensor, Tensor]:

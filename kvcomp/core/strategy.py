@@ -179,10 +179,11 @@ class Strategy:
 
 
 def conflicts(parts: Sequence[Part]) -> list[str]:
-    """Return a fault for every part that requires what no part of the pipeline provides."""
-    provided = {given for part in parts for given in part.provides}
+    """Return a fault for every part, also inside another, that requires what no part of the pipeline provides."""
+    members = [member for part in parts for member in part.family()]
+    provided = frozenset().union(*(part.provides for part in members))
     return [
         f"{part.kind}: {part.use!r} needs {need}, which no part of this pipeline provides"
-        for part in parts
+        for part in members
         for need in sorted(part.requires - provided)
     ]

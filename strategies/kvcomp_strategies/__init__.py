@@ -12,6 +12,7 @@ from kvcomp_strategies.matchers.sensitivity_gated import SensitivityGated
 from kvcomp_strategies.mergers.drop import Drop
 from kvcomp_strategies.mergers.mean import Mean
 from kvcomp_strategies.mergers.pivot_mean import PivotMean
+from kvcomp_strategies.mergers.values_only import ValuesOnly
 from kvcomp_strategies.observations.cross_modal_flow import CrossModalFlow
 from kvcomp_strategies.observations.received_attention import ReceivedSums
 from kvcomp_strategies.observations.window_attention import WindowRows
@@ -43,6 +44,7 @@ PARTS: tuple[type[Part], ...] = (
     Drop,
     Mean,
     PivotMean,
+    ValuesOnly,
     Dense,
     CrossModalFlow,
     ReceivedSums,
