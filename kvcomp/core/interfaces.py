@@ -147,6 +147,18 @@ class Scorer(Part):
         """
         return None
 
+    def tiers(self, layer: LayerView, slots: Tensor) -> Tensor | None:
+        """Return the tier of each token, `(batch, kv_heads, tokens)` int16 from 0; None for one tier.
+
+        Tokens of a higher tier are kept before all of a lower one, whatever their scores. Other than protected tokens,
+        they can be merged into.
+
+        Args:
+            layer: what the layer holds.
+            slots: as for `protect`.
+        """
+        return None
+
 
 class PivotSelector(Part):
     """Chooses the tokens that stay."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -98,7 +98,8 @@ class Strategy:
             return Scores(torch.zeros(layer.shape, device=layer.keys.device), protected)
         values = self.scorer.score(layer, slots).float().nan_to_num()
         wanted = self.scorer.protect(layer, slots)
-        return Scores(values, protected if wanted is None else wanted & layer.valid)
+        protected = protected if wanted is None else wanted & layer.valid
+        return Scores(values, protected, self.scorer.tiers(layer, slots))
 
     def allocate(self, slots: Tensor, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Tensor:
         """Return the slots of every head, `(layers, batch, kv_heads)`, none above what the head holds."""
@@ -128,7 +129,7 @@ class Strategy:
         scores = self.scores(layer, share) if scores is None else scores
         if slots is None:
             slots = self.allocate(share, [layer], [scores])[0]
-        scores = self._protect(layer, scores, slots)
+        scores = self._for_slots(layer, scores, slots)
         policy = self.policy.plan(layer)
         pivots = self.selector.select(layer, scores, slots)
         return MergePlan(pivots, self.matcher.match(layer, pivots, scores, policy.rule), policy.rho)
@@ -166,16 +167,19 @@ class Strategy:
         slot_bytes = layer.layers * layer.shape[1] * (layer.keys.shape[-1] + layer.values.shape[-1]) * itemsize
         return self.slots(layer.valid.sum(dim=-1).amax(dim=-1).cpu(), slot_bytes)
 
-    def _protect(self, layer: LayerView, scores: Scores, slots: Tensor) -> Scores:
-        """Return the scores with the protection for what was allotted; where that is too little, the latest win."""
+    def _for_slots(self, layer: LayerView, scores: Scores, slots: Tensor) -> Scores:
+        """Return the scores with tiers and protection for what was allotted; where that is too little for what is
+        protected, the latest win.
+        """
         if self.scorer is None:
             return scores
+        scores = replace(scores, tiers=self.scorer.tiers(layer, slots))
         wanted = self.scorer.protect(layer, slots)
         if wanted is None:
             return scores
         wanted = wanted & layer.valid
         from_end = wanted.flip(-1).cumsum(-1).flip(-1)  # 1 at the latest protected token
-        return Scores(scores.values, wanted & (from_end <= slots.to(wanted.device)[..., None]))
+        return replace(scores, protected=wanted & (from_end <= slots.to(wanted.device)[..., None]))
 
 
 def conflicts(parts: Sequence[Part]) -> list[str]:

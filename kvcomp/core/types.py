@@ -31,6 +31,9 @@ class Rule(IntEnum):
     NONE = 3  # no pivot
 
 
+PROTECTED = 2**15 - 1  # the priority of protected tokens: above every tier
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionBlock:
     """Some rows of exact softmax attention, as the model computes it (its mask, scaling, softcap and sinks).
@@ -91,14 +94,25 @@ class LayerView:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """How much each token matters: `values` float32, higher is kept; `protected` tokens are kept first and never
-    merged into.
+    """How much each token matters, each field `(batch, kv_heads, tokens)`.
 
-    Both `(batch, kv_heads, tokens)`.
+    Attributes:
+        values: float32, higher is kept.
+        protected: bool, tokens that are kept first and never merged into.
+        tiers: int16 from 0, tokens of a higher tier are kept before all of a lower one, whatever their values, and can
+            be merged into; None where there is one tier.
     """
 
     values: Tensor
     protected: Tensor
+    tiers: Tensor | None = None
+
+    def priority(self, valid: Tensor) -> Tensor:
+        """Return the order before values, `(batch, kv_heads, tokens)` int16: 0 for what is no token, then the tiers from
+        1, `PROTECTED` for what is protected. Of equal priority, the higher value is kept; then the earlier token.
+        """
+        tiers = torch.zeros_like(valid, dtype=torch.int16) if self.tiers is None else self.tiers
+        return torch.where(self.protected, PROTECTED, tiers + 1).masked_fill(~valid, 0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,7 @@ from kvcomp_strategies.scorers.position import Position
 from kvcomp_strategies.scorers.proxy_attention import ProxyAttention
 from kvcomp_strategies.scorers.random import Random
 from kvcomp_strategies.scorers.received_attention import ReceivedAttention
+from kvcomp_strategies.scorers.text_first import TextFirst
 from kvcomp_strategies.scorers.window_attention import WindowAttention
 from kvcomp_strategies.selectors.top_k import TopK
 from kvcomp_strategies.stores.dense import Dense
@@ -36,6 +37,7 @@ PARTS: tuple[type[Part], ...] = (
     ProxyAttention,
     Random,
     ReceivedAttention,
+    TextFirst,
     WindowAttention,
     TopK,
     NoMatch,

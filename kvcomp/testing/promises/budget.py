@@ -79,6 +79,26 @@ def earlier_ties(strategy: Strategy, sample: Sample) -> None:
         require_all(~(skipped & here & kept), "of equal scores the earlier token must stay")
 
 
+def higher_tiers(strategy: Strategy, sample: Sample) -> None:
+    """Where a selector goes by score, a token of a higher tier is kept before all of a lower one.
+
+    Says nothing about a selector that does not keep the best scores.
+    """
+    if strategy.selector is None:
+        return
+    seen = run(strategy, sample)
+    generator = torch.Generator().manual_seed(0)
+    scores = Scores(torch.rand(seen.view.shape, generator=generator), seen.protected())
+    free = seen.view.valid & ~scores.protected
+    if not _keeps_the_best(strategy, seen.view, scores, seen.slots, free):
+        return
+    tiers = torch.randint(3, seen.view.shape, generator=generator, dtype=torch.int16)
+    kept = _kept(strategy, seen.view, replace(scores, tiers=tiers), seen.slots)
+    lowest_kept = tiers.masked_fill(~(kept & free), 3).amin(dim=-1)
+    highest_left = tiers.masked_fill(kept | ~free, -1).amax(dim=-1)
+    require_all(lowest_kept >= highest_left, "no token may stay while one of a higher tier goes")
+
+
 def _kept(strategy: Strategy, view: LayerView, scores: Scores, slots: Tensor) -> Tensor:
     assert strategy.selector is not None
     pivots = strategy.selector.select(view, scores, slots)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -23,10 +24,16 @@ class ReceivedAttention(Scorer, use="received-attention"):
 
     Attributes:
         recent: share of the slots that goes to the latest tokens (rounded down), the rest to heavy hitters.
+        sinks: how many of the first tokens come right after the recent ones; 0 for H2O, 4 for D2O, which sets their
+            scores to infinity.
+        window: `"locked"` protects recent tokens and sinks: nothing is merged into them. `"open"` only keeps them
+            first, as D2O and LOOK-M do, whose kept tokens all receive.
         normalize: `"none"` for the raw sum; `"rows"` divides by the number of later tokens, which is no longer H2O.
     """
 
     recent: float = Field(default=0.5, ge=0.0, le=1.0)
+    sinks: int = Field(default=0, ge=0, le=1024)
+    window: Literal["locked", "open"] = "locked"
     normalize: Literal["none", "rows"] = "none"
 
     def observations(self) -> tuple[Observation, ...]:
@@ -41,6 +48,18 @@ class ReceivedAttention(Scorer, use="received-attention"):
             received = received / seen_by.clamp(min=1)
         return received
 
-    def protect(self, layer: LayerView, slots: Tensor) -> Tensor:
-        """Return the recent window."""
+    def protect(self, layer: LayerView, slots: Tensor) -> Tensor | None:
+        """Return the recent window and the sinks, unless they are open."""
+        if self.window == "open":
+            return None
+        return self._recent(layer, slots) | (layer.valid & (layer.indices < self.sinks))
+
+    def tiers(self, layer: LayerView, slots: Tensor) -> Tensor | None:
+        """Return, where they are open, the recent window on top, then the sinks, the earlier first, then the rest."""
+        if self.window == "locked":
+            return None
+        sinks = (self.sinks - layer.indices).clamp(min=0).masked_fill(~layer.valid, 0)
+        return sinks.masked_fill(self._recent(layer, slots), self.sinks + 1).to(torch.int16)
+
+    def _recent(self, layer: LayerView, slots: Tensor) -> Tensor:
         return last_tokens(layer, (slots * self.recent).long())

@@ -11,6 +11,7 @@ from kvcomp_strategies.scorers.position import Position
 from kvcomp_strategies.scorers.proxy_attention import ProxyAttention
 from kvcomp_strategies.scorers.random import Random
 from kvcomp_strategies.scorers.received_attention import ReceivedAttention
+from kvcomp_strategies.scorers.text_first import TextFirst
 from kvcomp_strategies.scorers.window_attention import WindowAttention
 from torch import Tensor
 
@@ -161,3 +162,46 @@ def test_random_goes_by_logical_position_so_padding_does_not_matter() -> None:
     padded, alone = make_sample(0, (5, 9)), make_sample(0, (5, 9)).alone(0)
     one, other = (Random().score(sample.view(), torch.tensor([2])) for sample in (padded, alone))
     assert torch.equal(one[0, :, 4:], other[0])
+
+
+def test_an_open_window_puts_recent_tokens_and_sinks_in_tiers_and_protects_nothing() -> None:
+    view = make_sample(0, (8,), kv_heads=1).view()
+    open_window = ReceivedAttention(recent=0.5, sinks=3, window="open")
+    assert open_window.protect(view, torch.tensor([4])) is None
+    assert open_window.tiers(view, torch.tensor([4])).tolist() == [[[3, 2, 1, 0, 0, 0, 4, 4]]]  # type: ignore[union-attr]
+    assert open_window.tiers(view, torch.tensor([1])).tolist() == [[[3, 2, 1, 0, 0, 0, 0, 0]]]  # type: ignore[union-attr]
+
+
+def test_a_locked_window_protects_recent_tokens_and_sinks_and_makes_no_tiers() -> None:
+    locked = ReceivedAttention(recent=0.5, sinks=2)
+    assert locked.tiers(make_sample(0, (8,)).view(), torch.tensor([4])) is None
+    assert protected(locked, 8, 4) == [0, 1, 6, 7]
+
+
+def test_tiers_follow_what_each_head_was_allotted() -> None:
+    view = make_sample(0, (8,), kv_heads=2).view()
+    tiers = ReceivedAttention(window="open").tiers(view, torch.tensor([[2, 6]]))
+    assert tiers.tolist() == [[[0, 0, 0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 1, 1, 1]]]  # type: ignore[union-attr]
+
+
+def test_text_comes_first_inside_each_tier_of_the_scorer_inside() -> None:
+    view = make_sample(0, (6,), kv_heads=1).view()
+    view = replace(view, modality=torch.tensor([[[0, 1, 2, 0, 3, 0]]], dtype=torch.int8))
+    plain = TextFirst(scorer=Random())
+    assert plain.tiers(view, torch.tensor([4])).tolist() == [[[1, 0, 0, 1, 0, 1]]]
+    assert torch.equal(plain.score(view, torch.tensor([4])), Random().score(view, torch.tensor([4])))
+    recent_first = TextFirst(scorer=ReceivedAttention(window="open"))
+    assert recent_first.tiers(view, torch.tensor([4])).tolist() == [[[1, 0, 0, 1, 2, 3]]]
+    assert recent_first.observations() == ReceivedAttention().observations()
+
+
+def test_text_first_protects_what_the_scorer_inside_protects() -> None:
+    assert protected(TextFirst(scorer=Position(sinks=2)), 9, 5) == [0, 1]
+
+
+def test_pads_are_in_no_tier() -> None:
+    view = make_sample(0, (3, 6)).view()
+    for scorer in (TextFirst(), ReceivedAttention(sinks=4, window="open")):
+        tiers = scorer.tiers(view, torch.tensor([2, 2]))
+        assert tiers is not None
+        assert bool((tiers[~view.valid] == 0).all())
