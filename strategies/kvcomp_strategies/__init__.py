@@ -5,7 +5,9 @@ from pathlib import Path
 
 from kvcomp.core.hookspecs import hookimpl
 from kvcomp.core.interfaces import Part
+from kvcomp_strategies.allocators.entropy import EntropyAllocator
 from kvcomp_strategies.allocators.uniform import UniformAllocator
+from kvcomp_strategies.allocators.variance import VarianceAllocator
 from kvcomp_strategies.matchers.nearest import Nearest
 from kvcomp_strategies.matchers.none import NoMatch
 from kvcomp_strategies.matchers.sensitivity_gated import SensitivityGated
@@ -15,6 +17,7 @@ from kvcomp_strategies.mergers.pivot_mean import PivotMean
 from kvcomp_strategies.mergers.values_only import ValuesOnly
 from kvcomp_strategies.observations.cross_modal_flow import CrossModalFlow
 from kvcomp_strategies.observations.received_attention import ReceivedSums
+from kvcomp_strategies.observations.row_entropy import RowEntropy
 from kvcomp_strategies.observations.window_attention import WindowRows
 from kvcomp_strategies.policies.flow_guided import FlowGuided
 from kvcomp_strategies.policies.misaligned import Misaligned
@@ -33,6 +36,8 @@ PARTS: tuple[type[Part], ...] = (
     FlowGuided,
     Misaligned,
     UniformAllocator,
+    EntropyAllocator,
+    VarianceAllocator,
     Position,
     ProxyAttention,
     Random,
@@ -50,6 +55,7 @@ PARTS: tuple[type[Part], ...] = (
     Dense,
     CrossModalFlow,
     ReceivedSums,
+    RowEntropy,
     WindowRows,
 )
 
