@@ -76,11 +76,12 @@ class Observation(Part):
     kind = "observation"
     carried: ClassVar[bool] = False  # a per-token sum that is kept for surviving slots and added to in later turns
 
-    def rows(self, valid: Tensor) -> Tensor | None:
+    def rows(self, valid: Tensor, modality: Tensor) -> Tensor | None:
         """Return which queries are needed: `(batch, rows)` int64, ascending, -1 for none; None for all of them.
 
         Args:
             valid: `(batch, queries)` bool, false on padding.
+            modality: of the queries, `(batch, queries)` int8.
         """
         return None
 
@@ -143,7 +144,7 @@ class Scorer(Part):
         Args:
             layer: what the layer holds.
             slots: `(batch,)`, the uniform share, for the allocator; `(batch, kv_heads)`, what was allotted, for the
-                selector.
+                selector, unless `protects_by_share`.
         """
         return None
 
@@ -158,6 +159,13 @@ class Scorer(Part):
             slots: as for `protect`.
         """
         return None
+
+    @property
+    def protects_by_share(self) -> bool:
+        """Return whether protection and tiers go by the uniform share, whatever a head is allotted: a window whose
+        queries vote stays as it is, one that is a share of the slots grows and shrinks with them.
+        """
+        return False
 
 
 class PivotSelector(Part):

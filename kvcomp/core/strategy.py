@@ -129,7 +129,7 @@ class Strategy:
         scores = self.scores(layer, share) if scores is None else scores
         if slots is None:
             slots = self.allocate(share, [layer], [scores])[0]
-        scores = self._for_slots(layer, scores, slots)
+        scores = self.for_slots(layer, scores, slots)
         policy = self.policy.plan(layer)
         pivots = self.selector.select(layer, scores, slots)
         return MergePlan(pivots, self.matcher.match(layer, pivots, scores, policy.rule), policy.rho)
@@ -167,19 +167,19 @@ class Strategy:
         slot_bytes = layer.layers * layer.shape[1] * (layer.keys.shape[-1] + layer.values.shape[-1]) * itemsize
         return self.slots(layer.valid.sum(dim=-1).amax(dim=-1).cpu(), slot_bytes)
 
-    def _for_slots(self, layer: LayerView, scores: Scores, slots: Tensor) -> Scores:
-        """Return the scores with tiers and protection for what was allotted; where that is too little for what is
-        protected, the latest win.
+    def for_slots(self, layer: LayerView, scores: Scores, slots: Tensor) -> Scores:
+        """Return the scores with tiers and protection for what was allotted, `(batch, kv_heads)`; where that is too
+        little for what is protected, the latest win.
         """
         if self.scorer is None:
             return scores
-        scores = replace(scores, tiers=self.scorer.tiers(layer, slots))
-        wanted = self.scorer.protect(layer, slots)
-        if wanted is None:
-            return scores
-        wanted = wanted & layer.valid
-        from_end = wanted.flip(-1).cumsum(-1).flip(-1)  # 1 at the latest protected token
-        return replace(scores, protected=wanted & (from_end <= slots.to(wanted.device)[..., None]))
+        if not self.scorer.protects_by_share:
+            wanted = self.scorer.protect(layer, slots)
+            protected = torch.zeros_like(layer.valid) if wanted is None else wanted & layer.valid
+            scores = replace(scores, protected=protected, tiers=self.scorer.tiers(layer, slots))
+        from_end = scores.protected.flip(-1).cumsum(-1).flip(-1)  # 1 at the latest protected token
+        fits = from_end <= slots.to(from_end.device)[..., None]
+        return replace(scores, protected=scores.protected & fits)
 
 
 def conflicts(parts: Sequence[Part]) -> list[str]:

@@ -44,14 +44,8 @@ class Run:
         return kept.scatter_(2, places, True)[..., :tokens]
 
     def protected(self) -> Tensor:
-        """Return which tokens the scorer protects for what was allotted; where that is too little, the latest."""
-        scorer = self.strategy.scorer
-        wanted = scorer.protect(self.view, self.slots) if scorer is not None else None
-        if wanted is None:
-            return torch.zeros_like(self.view.valid)
-        wanted = wanted & self.view.valid
-        later = wanted.flip(-1).cumsum(-1).flip(-1)
-        return wanted & (later <= self.slots[..., None])
+        """Return which tokens are protected for what was allotted; where that is too little, the latest."""
+        return self.strategy.for_slots(self.view, self.scores, self.slots).protected
 
     def edges(self) -> Tensor:
         """Return the weight of each edge, `(batch, kv_heads, tokens, slots)` float64, 0 where there is none."""

@@ -112,9 +112,9 @@ class _Recorder(Observation, use="recorder"):
 
     watched: Any = Field()
 
-    def rows(self, valid: Tensor) -> Tensor | None:
+    def rows(self, valid: Tensor, modality: Tensor) -> Tensor | None:
         """Return the rows of the other."""
-        rows: Tensor | None = self.watched.rows(valid)
+        rows: Tensor | None = self.watched.rows(valid, modality)
         return rows
 
     def update(self, state: list[AttentionBlock] | None, block: AttentionBlock) -> list[AttentionBlock]:

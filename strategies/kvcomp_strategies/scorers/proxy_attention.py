@@ -53,5 +53,10 @@ class ProxyAttention(Scorer, use="proxy-attention"):
         window = last_tokens(layer, self._kept(slots))
         return window | (layer.valid & (layer.indices < self.sinks)) if self.sinks else window
 
+    @property
+    def protects_by_share(self) -> bool:
+        """Return that the window keeps its size, that of its votes, in heads that are allotted more or less."""
+        return True
+
     def _kept(self, slots: Tensor) -> Tensor:
         return (slots // 2).clamp(max=self.proxies).maximum((slots * self.recent).long())

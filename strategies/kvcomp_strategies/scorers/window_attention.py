@@ -45,5 +45,10 @@ class WindowAttention(Scorer, use="window-attention"):
         """Return the window."""
         return last_tokens(layer, self._kept(slots))
 
+    @property
+    def protects_by_share(self) -> bool:
+        """Return that the window keeps its size, that of its votes, in heads that are allotted more or less."""
+        return True
+
     def _kept(self, slots: Tensor) -> Tensor:
         return (slots // 2).clamp(max=self.window)
