@@ -13,7 +13,18 @@ from kvcomp.core.types import Modality
 from kvcomp.testing import Sample, make_sample, view_for
 from kvcomp.testing.samples import FILLS
 
-__all__ = ["BUDGETS", "DISTINCT", "FLOAT32", "RECIPES", "SAMPLES", "part_entries", "rows_of", "samples", "view_for"]
+__all__ = [
+    "BUDGETS",
+    "DISTINCT",
+    "FLOAT32",
+    "RATIOS",
+    "RECIPES",
+    "SAMPLES",
+    "part_entries",
+    "rows_of",
+    "samples",
+    "view_for",
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODALITIES = (

@@ -3,65 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 
-import oracles
 import oracles_evict
 import pytest
 import torch
-from generators import BUDGETS, MODALITIES
+from generators import BUDGETS
 from hypothesis import given
 from hypothesis import strategies as st
+from layered import Model, models
 from torch import Tensor
 
 import kvcomp
-from kvcomp import LayerView, Modality, Scores, Strategy
-from kvcomp.testing import Sample, make_sample, view_for
-
-LAYERS = 3
-
-
-@dataclass
-class Model:
-    """What every layer of a model holds: the same tokens, other vectors; or heads that differ, as after a turn."""
-
-    samples: list[Sample]
-
-    def views(self, strategy: Strategy) -> list[LayerView]:
-        return [view_for(strategy, sample) for sample in self.samples]
-
-    def attention(self, row: int) -> list[list[Tensor]]:
-        """`[layer][query head]` of one row, `(queries, tokens)`, without what the head does not hold."""
-        return [sample_attention(sample, row) for sample in self.samples]
-
-    def held(self, row: int) -> list[list[int]]:
-        return [sample.valid[row].sum(dim=-1).tolist() for sample in self.samples]
-
-
-def sample_attention(sample: Sample, row: int) -> list[Tensor]:
-    group = sample.queries.shape[1] // sample.keys.shape[1]
-    new = int(sample.valid[row, 0, -sample.queries.shape[2] :].sum())
-    heads = []
-    for head in range(sample.queries.shape[1]):
-        held = sample.valid[row, head // group]
-        queries = sample.queries[row, head, -new:]
-        heads.append(oracles.softmax_attention(queries, sample.keys[row, head // group, held]))
-    return heads
-
-
-@st.composite
-def models(draw: st.DrawFn, most_held: int = 12, modalities: tuple[tuple[Modality, ...], ...] = MODALITIES) -> Model:
-    lengths = draw(st.lists(st.integers(1, 30), min_size=1, max_size=2))
-    shape = {
-        "kv_heads": draw(st.integers(1, 3)),
-        "group": draw(st.integers(1, 2)),
-        "held": draw(st.sampled_from((0, most_held))),
-        "modalities": draw(st.sampled_from(modalities)),
-    }
-    seed = draw(st.integers(0, 2**20))
-    tokens = make_sample(seed, lengths, **shape)
-    samples = [make_sample(seed + 1000 * number, lengths, layer=number, **shape) for number in range(LAYERS)]
-    return Model([replace(sample, modality=tokens.modality) for sample in samples])
+from kvcomp import Scores, Strategy
 
 
 def allotted(strategy: Strategy, model: Model) -> tuple[Tensor, list[Scores], Tensor]:
@@ -145,3 +98,89 @@ def test_shares_are_those_of_the_largest_remainder(rows: list[list[tuple[float, 
             for place, (weight, held, kept) in enumerate(of_bins)
         ]
         assert found[row].tolist() == oracles_evict.shares(bins, slots * 4)
+
+
+def seen_scores(model: Model, scores: list[Scores], row: int) -> list[list[list[float]]]:
+    """What each head holds of the scores, `[layer][kv_head]`."""
+    return [
+        [one.values[row, head][sample.valid[row, head]].tolist() for head in range(one.values.shape[1])]
+        for sample, one in zip(model.samples, scores, strict=True)
+    ]
+
+
+def seen_protected(model: Model, scores: list[Scores], row: int) -> list[list[list[int]]]:
+    """Which places of what each head holds are protected, `[layer][kv_head]`."""
+    return [
+        [one.protected[row, head][sample.valid[row, head]].nonzero().flatten().tolist() for head in range(heads)]
+        for sample, one in zip(model.samples, scores, strict=True)
+        for heads in (one.values.shape[1],)
+    ]
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.1, 0.5])
+@given(model=models(), budget=BUDGETS)
+def test_global_is_one_ranking_of_all_heads_of_all_layers(floor: float, model: Model, budget: kvcomp.Budget) -> None:
+    strategy = kvcomp.strategy("h2o", budget, allocator={"use": "global", "floor": floor})
+    _, _, share = allotted(strategy, model)
+
+    def weights(row: int, scores: list[Scores]) -> list[list[float]]:
+        values, protected = seen_scores(model, scores, row), seen_protected(model, scores, row)
+        counts, _ = oracles_evict.global_counts(values, protected, int(share[row]), floor)
+        return [[float(count) for count in layer] for layer in counts]
+
+    check(strategy, model, weights)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@given(model=models(), budget=BUDGETS, recipe=st.sampled_from(("ada-kv", "h2o")))
+def test_ada_heads_is_the_head_budget_of_ada_kv(
+    normalize: bool, model: Model, budget: kvcomp.Budget, recipe: str
+) -> None:
+    strategy = kvcomp.strategy(recipe, budget, allocator={"use": "ada-heads", "normalize": normalize})
+    for layer in model.samples:  # each layer has a budget of its own
+        alone = Model([layer])
+        _, _, share = allotted(strategy, alone)
+
+        def weights(row: int, scores: list[Scores], alone: Model = alone, share: Tensor = share) -> list[list[float]]:
+            values, protected = (of(alone, scores, row)[0] for of in (seen_scores, seen_protected))
+            return [oracles_evict.ada_quotas(values, protected, int(share[row]), normalize=normalize)[0]]
+
+        check(strategy, alone, weights)
+
+
+@pytest.mark.parametrize("short", ["clip", "uniform"])
+@given(model=models(), budget=BUDGETS)
+def test_pyramid_is_the_layer_budget_of_pyramidkv(short: str, model: Model, budget: kvcomp.Budget) -> None:
+    strategy = kvcomp.strategy("pyramidkv", budget, **{"allocator.short": short})
+    _, _, share = allotted(strategy, model)
+
+    def weights(row: int, scores: list[Scores]) -> list[list[float]]:
+        window = max(int(one.protected[row].sum(dim=-1).max()) for one in scores)
+        tokens, slots = max(map(max, model.held(row))), int(share[row])
+        if short == "uniform" and tokens < 2 * (slots - window):
+            return per_layer([1.0] * len(scores), model)
+        return per_layer(oracles_evict.pyramid_quotas(slots, window, tokens, len(scores)), model)
+
+    check(strategy, model, weights)
+
+
+@given(model=models(most_held=0), budget=BUDGETS)
+def test_prefix_is_the_layer_budget_of_prefixkv(model: Model, budget: kvcomp.Budget) -> None:
+    strategy = kvcomp.strategy("prefixkv", budget)
+    _, _, share = allotted(strategy, model)
+
+    def weights(row: int, scores: list[Scores]) -> list[list[float]]:
+        layers = [layer[0] for layer in seen_scores(model, scores, row)]
+        protected = len(seen_protected(model, scores, row)[0][0])
+        return per_layer(list(map(float, oracles_evict.prefix_sizes(layers, protected, int(share[row])))), model)
+
+    check(strategy, model, weights)
+
+
+@given(model=models(most_held=0), budget=BUDGETS)
+def test_sparsity_is_the_layer_budget_of_vl_cache(model: Model, budget: kvcomp.Budget) -> None:
+    def weights(row: int, _: list[Scores]) -> list[list[float]]:
+        modality = model.samples[0].modality[row, 0][model.samples[0].valid[row, 0]].tolist()
+        return per_layer([oracles_evict.density(layer, modality) for layer in model.attention(row)], model)
+
+    check(kvcomp.strategy("vl-cache", budget), model, weights)

@@ -28,12 +28,17 @@ class ReceivedAttention(Scorer, use="received-attention"):
             scores to infinity.
         window: `"locked"` protects recent tokens and sinks: nothing is merged into them. `"open"` only keeps them
             first, as D2O and LOOK-M do, whose kept tokens all receive.
+        latest: at least so many of the latest tokens count as recent, whatever the share; 1 for PrefixKV.
+        heads: `"group"` averages over the query heads of a KV head, `"all"` over all of them, so that all KV heads keep
+            the same tokens, as in PrefixKV.
         normalize: `"none"` for the raw sum; `"rows"` divides by the number of later tokens, which is no longer H2O.
     """
 
     recent: float = Field(default=0.5, ge=0.0, le=1.0)
     sinks: int = Field(default=0, ge=0, le=1024)
     window: Literal["locked", "open"] = "locked"
+    latest: int = Field(default=0, ge=0)
+    heads: Literal["group", "all"] = "group"
     normalize: Literal["none", "rows"] = "none"
 
     def observations(self) -> tuple[Observation, ...]:
@@ -42,7 +47,8 @@ class ReceivedAttention(Scorer, use="received-attention"):
 
     def score(self, layer: LayerView, slots: Tensor) -> Tensor:
         """Return the attention received."""
-        received = group_mean(layer.observations[ReceivedSums()], layer.shape[1])
+        kv_heads = layer.shape[1] if self.heads == "group" else 1
+        received = group_mean(layer.observations[ReceivedSums()], kv_heads).expand(layer.shape)
         if self.normalize == "rows":
             seen_by = layer.valid.flip(-1).cumsum(-1).flip(-1)  # a token is seen by itself and all later ones
             received = received / seen_by.clamp(min=1)
@@ -62,4 +68,4 @@ class ReceivedAttention(Scorer, use="received-attention"):
         return sinks.masked_fill(self._recent(layer, slots), self.sinks + 1).to(torch.int16)
 
     def _recent(self, layer: LayerView, slots: Tensor) -> Tensor:
-        return last_tokens(layer, (slots * self.recent).long())
+        return last_tokens(layer, (slots * self.recent).long().clamp(min=self.latest))
