@@ -173,6 +173,7 @@ class PivotSelector(Part):
 
     kind = "selector"
     provides = frozenset({"pivots"})
+    by_score: ClassVar[bool] = True  # what stays has the highest priority, then score, then comes earlier
 
     @abstractmethod
     def select(self, layer: LayerView, scores: Scores, slots: Tensor) -> Pivots:

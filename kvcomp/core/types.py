@@ -108,8 +108,8 @@ class Scores:
     tiers: Tensor | None = None
 
     def priority(self, valid: Tensor) -> Tensor:
-        """Return the order before values, `(batch, kv_heads, tokens)` int16: 0 for what is no token, then the tiers from
-        1, `PROTECTED` for what is protected. Of equal priority, the higher value is kept; then the earlier token.
+        """Return the order before values, `(batch, kv_heads, tokens)` int16: 0 for what is no token, then the tiers
+        from 1, `PROTECTED` for what is protected. Of equal priority, the higher value is kept; then the earlier token.
         """
         tiers = torch.zeros_like(valid, dtype=torch.int16) if self.tiers is None else self.tiers
         return torch.where(self.protected, PROTECTED, tiers + 1).masked_fill(~valid, 0)

@@ -13,13 +13,20 @@ from kvcomp_strategies.allocators.pyramid import Pyramid
 from kvcomp_strategies.allocators.sparsity import SparsityAllocator
 from kvcomp_strategies.allocators.uniform import UniformAllocator
 from kvcomp_strategies.allocators.variance import VarianceAllocator
+from kvcomp_strategies.matchers.following_window import FollowingWindow
 from kvcomp_strategies.matchers.nearest import Nearest
 from kvcomp_strategies.matchers.none import NoMatch
+from kvcomp_strategies.matchers.same_cluster import SameCluster
 from kvcomp_strategies.matchers.sensitivity_gated import SensitivityGated
+from kvcomp_strategies.matchers.similarity_threshold import SimilarityThreshold
 from kvcomp_strategies.mergers.drop import Drop
+from kvcomp_strategies.mergers.gaussian import Gaussian
+from kvcomp_strategies.mergers.importance_weighted import ImportanceWeighted
 from kvcomp_strategies.mergers.mean import Mean
 from kvcomp_strategies.mergers.pivot_mean import PivotMean
+from kvcomp_strategies.mergers.sum import Sum
 from kvcomp_strategies.mergers.values_only import ValuesOnly
+from kvcomp_strategies.mergers.weighted import Weighted
 from kvcomp_strategies.observations.cross_modal_flow import CrossModalFlow
 from kvcomp_strategies.observations.post_vision import PostVisionSums
 from kvcomp_strategies.observations.received_attention import ReceivedSums
@@ -39,6 +46,7 @@ from kvcomp_strategies.scorers.random import Random
 from kvcomp_strategies.scorers.received_attention import ReceivedAttention
 from kvcomp_strategies.scorers.text_first import TextFirst
 from kvcomp_strategies.scorers.window_attention import WindowAttention
+from kvcomp_strategies.selectors.adjacent_clusters import AdjacentClusters
 from kvcomp_strategies.selectors.top_k import TopK
 from kvcomp_strategies.stores.dense import Dense
 
@@ -65,12 +73,20 @@ PARTS: tuple[type[Part], ...] = (
     KeyNorm,
     KeyDiversity,
     TopK,
+    AdjacentClusters,
     NoMatch,
     Nearest,
     SensitivityGated,
+    SimilarityThreshold,
+    SameCluster,
+    FollowingWindow,
     Drop,
     Mean,
     PivotMean,
+    Weighted,
+    ImportanceWeighted,
+    Gaussian,
+    Sum,
     ValuesOnly,
     Dense,
     CrossModalFlow,
