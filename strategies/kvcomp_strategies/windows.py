@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Annotated
 
 import torch
@@ -23,6 +24,16 @@ Kernel = Annotated[int, Field(ge=1), AfterValidator(_odd)]
 """Width of a pooling window."""
 
 
+def share_of(slots: Tensor, share: float) -> Tensor:
+    """Return floor(share * slots) for the decimal as written, as a budget's slots are: 0.35 of 20 is 7.
+
+    >>> share_of(torch.tensor([20, 100]), 0.35).tolist()
+    [7, 35]
+    """
+    exact = Fraction(str(share))
+    return slots * exact.numerator // exact.denominator
+
+
 def last_tokens(layer: LayerView, count: Tensor) -> Tensor:
     """Return the last `count` valid tokens of each head as a mask, `(batch, kv_heads, tokens)` bool.
 
@@ -33,13 +44,6 @@ def last_tokens(layer: LayerView, count: Tensor) -> Tensor:
     count = count.to(layer.valid.device).reshape(layer.shape[0], -1, 1)
     from_end = layer.valid.flip(-1).cumsum(-1).flip(-1)  # 1 at the last valid token
     return layer.valid & (from_end <= count)
-
-
-def share_of(slots: Tensor, share: float) -> Tensor:
-    """Return this share of the slots, rounded down, where a product a rounding error below a whole number counts as
-    whole.
-    """
-    return (slots.double() * share + 1e-9).floor().long()
 
 
 def group_mean(per_head: Tensor, kv_heads: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kvcomp.core.interfaces import Merger
@@ -27,7 +28,7 @@ class Sum(Merger, use="sum"):
 
     def merge(self, layer: LayerView, pivots: Pivots, assignment: Assignment) -> tuple[Tensor, Tensor, Tensor]:
         """Return the sums of keys and values, and the counts."""
-        one = pivots.filled().float()
+        one = torch.ones(pivots.indices.shape, device=layer.keys.device)
         keys, values = (
             saturated(blend(vectors, pivots, assignment, own=one, shared=one), vectors.dtype)
             for vectors in (layer.keys, layer.values)

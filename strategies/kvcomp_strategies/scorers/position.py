@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvcomp.core.interfaces import Scorer
 from kvcomp.core.types import LayerView
+from kvcomp_strategies.windows import share_of
 
 
 class Position(Scorer, use="position"):
@@ -32,5 +33,5 @@ class Position(Scorer, use="position"):
 
     def protect(self, layer: LayerView, slots: Tensor) -> Tensor:
         """Return the sinks, where the budget is larger than their number, and the start."""
-        first = torch.where(slots > self.sinks, self.sinks, 0).maximum((slots * self.start).long())
+        first = torch.where(slots > self.sinks, self.sinks, 0).maximum(share_of(slots, self.start))
         return layer.valid & (layer.indices < first.to(layer.valid.device).reshape(layer.shape[0], -1, 1))

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvcomp.core.interfaces import Observation, Scorer
 from kvcomp.core.types import LayerView
 from kvcomp_strategies.observations.received_attention import ReceivedSums
-from kvcomp_strategies.windows import group_mean, last_tokens
+from kvcomp_strategies.windows import group_mean, last_tokens, share_of
 
 
 class ReceivedAttention(Scorer, use="received-attention"):
@@ -68,4 +68,4 @@ class ReceivedAttention(Scorer, use="received-attention"):
         return sinks.masked_fill(self._recent(layer, slots), self.sinks + 1).to(torch.int16)
 
     def _recent(self, layer: LayerView, slots: Tensor) -> Tensor:
-        return last_tokens(layer, (slots * self.recent).long().clamp(min=self.latest))
+        return last_tokens(layer, share_of(slots, self.recent).clamp(min=self.latest))

@@ -28,6 +28,11 @@ class TextFirst(Scorer, use="text-first"):
 
     scorer: Scorer = Field(default=ReceivedAttention(window="open"))
 
+    @property
+    def protects_by_share(self) -> bool:
+        """Return what the scorer inside says."""
+        return self.scorer.protects_by_share
+
     def score(self, layer: LayerView, slots: Tensor) -> Tensor:
         """Return the scores of the scorer inside."""
         return self.scorer.score(layer, slots)

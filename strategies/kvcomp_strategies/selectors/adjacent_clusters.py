@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvcomp.core.interfaces import PivotSelector
 from kvcomp.core.types import LayerView, Pivots, Scores
+from kvcomp_strategies.windows import share_of
 
 STEP = 1e6  # cosines are compared in millionths, so that equal keys tie in float32
 NEVER = float("inf")
@@ -71,7 +72,7 @@ class AdjacentClusters(PivotSelector, use="adjacent-clusters"):
         """Return one pivot per cluster, and the slot number of the cluster of every token, -1 for none."""
         slots = slots.to(layer.keys.device)
         row = self._row(layer, scores)
-        most = (slots * self.sensitive).long()
+        most = share_of(slots, self.sensitive)
         single = _sensitive(row, most, slots if self.mode == "budget" else None)
         starts = self._starts(row, single, slots)
         clusters = torch.where(row.valid, starts.cumsum(dim=-1) - 1, -1)  # numbered by place
