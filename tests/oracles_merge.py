@@ -178,7 +178,7 @@ def nearest_edges(
 
 
 def passing(edges: list[Edges], similarity: list[dict[int, float]], tau: float, by_rank: bool = False) -> list[Edges]:
-    """ "Token p passes if `m >= tau`", per head; `by_rank`: "`mean_h m[h,p] >= tau`", the official code."""
+    """Token p passes if `m >= tau`, per head; `by_rank`: `mean_h m[h,p] >= tau`, the official code."""
     chosen: list[Edges] = []
     for one, similar in zip(edges, similarity, strict=True):
         chosen.append({})
@@ -222,7 +222,7 @@ def _with_similarity(one: Merged, own: dict[int, float], every: list[dict[int, f
 
 
 def d2o_kept(head: Head, slots: int, sinks: int = 4) -> list[int]:
-    """ "force first 4, top-hh + recent", "hh:recent 1:1"."""
+    """Force first 4, top-hh + recent, hh:recent 1:1."""
     recent = list(range(head.tokens - slots // 2, head.tokens))
     scores = {token: score for token, score in enumerate(head.received()) if token not in recent}
     # "first 4 positions set to +inf"

@@ -25,7 +25,7 @@ def test_every_head_of_every_layer_keeps_exactly_the_budget(recipe, dtype):
                 assert (layer.indices.diff(dim=-1) > 0).all()
                 assert layer.indices.min() >= 0
                 assert layer.indices.max() < tokens
-                assert layer.counts.sum(-1).max() <= tokens
+                assert layer.counts.sum(-1).max() <= tokens * (1 + 1e-5)  # shared tokens count in fractions
             report = cache.report()
             expected = 3 * 2 * slots * 2 * 16 * dtype.itemsize
             assert report.allocated_bytes == expected
