@@ -70,6 +70,7 @@ class LayerView:
         layer: number of this layer.
         layers: number of layers in the model.
         observations: the statistics that the parts declared, by declaration.
+        memory: `(batch, ...)`, the `Assignment.memory` of the last compression of this layer; None before the first.
 
     The tensors of shape `(batch, kv_heads, tokens)` are expanded views (stride 0) as long as the heads agree.
     """
@@ -84,6 +85,7 @@ class LayerView:
     layer: int = 0
     layers: int = 1
     observations: Mapping[Any, Tensor] = field(default_factory=dict)
+    memory: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -163,11 +165,14 @@ class Assignment:
         sources: `(batch, kv_heads, others)` int64 token positions, ascending, -1 as padding.
         targets: `(batch, kv_heads, others, fanout)` int64 slot numbers in `Pivots.indices`, -1 for none.
         weights: `(batch, kv_heads, others, fanout)` float32, 1 in sum for a source that has a target, else 0.
+        memory: `(batch, ...)`, what the matcher wants to find in `LayerView.memory` at the next compression of this
+            layer in this request, such as a running threshold; None for nothing.
     """
 
     sources: Tensor
     targets: Tensor
     weights: Tensor
+    memory: Tensor | None = None
 
     @property
     def merged(self) -> Tensor:

@@ -95,7 +95,7 @@ def _tensors(layer: CompressedCacheLayer) -> dict[str, Tensor]:
     found |= {f"table.{name}": getattr(table, name) for name in TABLE}
     if table.columns is table.indices:
         del found["table.columns"]
-    found["next_positions"] = layer.upcoming_positions()
+    found |= {"next_positions": layer.upcoming_positions(), "memory": layer.memory}
     found |= {f"carried.{place}": sums for place, sums in enumerate(layer.carried.values())}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
@@ -108,6 +108,7 @@ def _fill(layer: CompressedCacheLayer, numbers: dict[str, Any], tensors: dict[st
     layer.table = SlotTable(**table)  # type: ignore[arg-type]
     layer.tokens = tensors["tokens"].cpu()
     layer.next_positions, layer.rho = tensors.get("next_positions"), tensors.get("rho")
+    layer.memory = tensors.get("memory")
     for name in NUMBERS:
         setattr(layer, name, numbers[name])
     layer.carried = {_observation(spec): tensors[f"carried.{place}"] for place, spec in enumerate(numbers["carried"])}

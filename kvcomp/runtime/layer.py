@@ -226,11 +226,13 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         plan = strategy.plan(view, slots, self._scores)
         layer = strategy.apply(view, plan)
         assert plan.pivots is not None
+        assert plan.assignment is not None
         padded = self.table.columns is not self.table.indices
         self.table = SlotTable.of(layer, plan.pivots.gather(self.table.columns) if padded else None)
         self.storage.replace(layer.keys, layer.values, layer.mask)
         self._carry(view, plan.pivots)
         self.rho, self.trimmed = plan.rho, True
+        self.memory = plan.assignment.memory
         self._view = self._scores = None
         self.seconds += time.perf_counter() - started
 
@@ -283,6 +285,7 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
             layer=self.number,
             layers=self.layers,
             observations=seen,
+            memory=self.memory,
         )
 
     def _carry(self, view: LayerView, pivots: Pivots) -> None:

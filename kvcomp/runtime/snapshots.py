@@ -27,6 +27,7 @@ STATE = (
     "seconds",
     "forwards",
     "carried",
+    "memory",
     "compressions",
 )
 

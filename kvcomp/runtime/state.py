@@ -37,6 +37,7 @@ class LayerState:
         self.arrived = 0  # tokens of this forward that the attention function has not seen yet
         self.trimmed = False  # slots are no longer columns
         self.carried: Mapping[Observation, Tensor] = {}  # (batch, heads, slots) each, of the slots in the table
+        self.memory: Tensor | None = None  # (batch, ...), what the matcher left at the last compression
 
     # --- reading ---
 
@@ -76,7 +77,7 @@ class LayerState:
     def bookkeeping(self) -> list[Tensor]:
         """Return every tensor that the layer keeps beside keys and values."""
         tensors = [] if self.table is None else list(self.table.tensors())
-        tensors += [tensor for tensor in (self.tokens, self.next_positions) if tensor is not None]
+        tensors += [tensor for tensor in (self.tokens, self.next_positions, self.memory) if tensor is not None]
         return [*tensors, *self.carried.values()]
 
     def whole_table(self, arrived: bool = True) -> SlotTable:
@@ -155,6 +156,7 @@ class LayerState:
         self.tokens = self.tokens.index_select(0, rows.cpu())
         self.next_positions = None if self.next_positions is None else self.next_positions.index_select(1, here)
         self.carried = {seen: sums.index_select(0, here) for seen, sums in self.carried.items()}
+        self.memory = None if self.memory is None else self.memory.index_select(0, here)
 
     def move(self, device: torch.device) -> None:
         """Move keys and values to a device."""

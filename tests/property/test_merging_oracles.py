@@ -6,6 +6,8 @@ discarded. Equal ones (keys that are all equal, or zero) are decided by rules, a
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import oracles
 import oracles_merge
 import pytest
@@ -103,6 +105,22 @@ def _ranks_are_clear(merged: list[Merged]) -> bool:
     most = max(len(one.similarity) for one in merged) - 1
     at_rank = [[one.similarity[rank] for one in merged if rank < len(one.similarity) - 1] for rank in range(most)]
     return all(told_apart([sum(similar) / len(similar), tau]) for similar in at_rank)
+
+
+@given(sample=PROMPTS, ratio=RATIO, tau=st.floats(-0.5, 1.0), beta=st.sampled_from((0.5, 0.7, 1.0)))
+def test_d2o_goes_on_from_the_threshold_of_earlier_compressions(
+    sample: Sample, ratio: float, tau: float, beta: float
+) -> None:
+    strategy = kvcomp.strategy("d2o", ratio, **{"matcher.beta": beta})
+    view = view_for(strategy, sample)
+    seen = run_view(strategy, replace(view, memory=torch.full((view.shape[0],), tau)))
+    for row in range(sample.keys.shape[0]):
+        heads, modality = heads_of(sample, row)
+        merged, after = oracles_merge.d2o(heads, modality, slots_of(seen, row), tau=tau, beta=beta)
+        assert_clear_match(heads, merged, modality)
+        assert_same_row(seen, row, merged)
+        assert seen.assignment.memory is not None
+        assert float(seen.assignment.memory[row]) == pytest.approx(after, abs=1e-5)
 
 
 @given(sample=PROMPTS, ratio=RATIO)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -43,10 +45,20 @@ class SimilarityThreshold(Matcher, use="similarity-threshold"):
         eligible = pivots.filled() & ~pivots.gather(scores.protected)
         sources, targets, similarity = most_similar(layer, pivots, eligible, rule)
         found = targets >= 0
-        tau = _mean(similarity, found, dims=(1, 2))
+        tau = self._tau(similarity, found, layer.memory)
         if self.filter == "rank":
             similarity = _mean(similarity, found, dims=(1,))
-        return edges_to(sources, targets.masked_fill(similarity < tau - TIE, -1))
+        passing = targets.masked_fill(similarity < tau[:, None, None] - TIE, -1)
+        return replace(edges_to(sources, passing), memory=tau)
+
+    def _tau(self, similarity: Tensor, found: Tensor, earlier: Tensor | None) -> Tensor:
+        """Return the threshold of each row after this compression, `(batch,)`, NaN before a token found a pivot."""
+        latest = _mean(similarity, found, dims=(1, 2)).flatten()
+        latest = latest.masked_fill(~found.flatten(1).any(dim=1), float("nan"))
+        if earlier is None:
+            return latest
+        mixed = self.beta * latest + (1.0 - self.beta) * earlier
+        return torch.where(earlier.isnan(), latest, torch.where(latest.isnan(), earlier, mixed))
 
 
 def _mean(similarity: Tensor, found: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -43,7 +43,7 @@ def test_a_part_refuses_unknown_fields_and_does_not_convert() -> None:
 
 
 def test_a_part_dumps_its_name_and_fields() -> None:
-    assert Position(sinks=2).dump() == {"use": "position", "sinks": 2}
+    assert Position(sinks=2).dump() == {"use": "position", "sinks": 2, "start": 0.0}
 
 
 def test_a_subclass_without_a_name_keeps_its_parents() -> None:

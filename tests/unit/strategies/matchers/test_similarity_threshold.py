@@ -76,6 +76,28 @@ def test_where_no_pivot_may_receive_nothing_is_merged() -> None:
     assert not bool(match(heads([0, 10, 40, 180, 240]), SimilarityThreshold(), Rule.NONE).merged.any())
 
 
+def test_the_threshold_is_a_running_mean() -> None:
+    """Cosines 0.985, 0.766 and 0.559, their mean 0.770; with 0.3 of an earlier 0, 0.7 or 1 it is 0.54, 0.75 or 0.84."""
+    view = heads([0, 10, 40, 180, 236])
+    for earlier, passing in ((float("nan"), [0, -1, -1]), (0.0, [0, 0, 1]), (0.7, [0, 0, -1]), (1.0, [0, -1, -1])):
+        edges = match(replace(view, memory=torch.tensor([earlier])), SimilarityThreshold())
+        assert edges.targets[0, 0, :, 0].tolist() == passing
+        assert edges.memory is not None
+        mean = (cos(radians(10)) + cos(radians(40)) + cos(radians(56))) / 3
+        expected = mean if earlier != earlier else 0.7 * mean + 0.3 * earlier
+        torch.testing.assert_close(edges.memory, torch.tensor([expected]))
+
+
+def test_a_compression_that_finds_no_pivot_leaves_the_threshold() -> None:
+    view = replace(heads([0, 10, 40, 180, 240]), memory=torch.tensor([0.4]))
+    kept = match(view, SimilarityThreshold(), Rule.NONE).memory
+    assert kept is not None
+    assert kept.tolist() == pytest.approx([0.4])
+    nothing = match(replace(view, memory=None), SimilarityThreshold(), Rule.NONE).memory
+    assert nothing is not None
+    assert bool(nothing.isnan().all())
+
+
 @pytest.mark.parametrize("beta", [0.0, 1.1])
 def test_beta_is_a_weight(beta: float) -> None:
     with pytest.raises(ValueError, match="beta"):
