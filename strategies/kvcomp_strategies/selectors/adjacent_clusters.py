@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvcomp.core.interfaces import PivotSelector
 from kvcomp.core.types import LayerView, Pivots, Scores
+from kvcomp_strategies.ranking import best_first
 from kvcomp_strategies.windows import share_of
 
 STEP = 1e6  # cosines are compared in millionths, so that equal keys tie in float32
@@ -22,25 +23,25 @@ NEVER = float("inf")
 class Row:
     """The valid tokens of every head moved to the front, in order: each `(batch, kv_heads, tokens)`.
 
-    `order` is the place of each on the token axis, `single` whether the scorer protects it, and `similarity` the cosine
-    with the key before it, in millionths.
+    `order` is the place of each on the token axis, `merit` orders them by tier, score and place, `single` is whether
+    the scorer protects it, and `similarity` the cosine with the key before it, in millionths.
     """
 
     order: Tensor
     valid: Tensor
-    values: Tensor
+    merit: Tensor
     single: Tensor
     similarity: Tensor
 
 
 class AdjacentClusters(PivotSelector, use="adjacent-clusters"):
     """KVMerger's merging sets (arXiv:2407.08454, Alg. 1): neighbours with similar keys form a cluster, whose pivot is
-    its token with the highest score.
+    its token with the highest score (of the highest tier, where the scorer makes tiers).
 
-    What the scorer protects (the latest tokens) and the tokens with the highest scores beyond it (attention-sensitive)
-    are clusters of their own and part their neighbours. Between them, the chain of tokens is cut where neighbours are
-    least similar, by the cosine of their keys after rotary embedding, per KV head; cutting a chain below a threshold is
-    what the paper's scan from the last token to the first does.
+    What the scorer protects (the latest tokens) and the best tokens beyond it (attention-sensitive) are clusters of
+    their own and part their neighbours. Between them, the chain of tokens is cut where neighbours are least similar, by
+    the cosine of their keys after rotary embedding, per KV head; cutting a chain below a threshold is what the paper's
+    scan from the last token to the first does.
 
     Left open by the paper, or different there:
 
@@ -93,7 +94,7 @@ class AdjacentClusters(PivotSelector, use="adjacent-clusters"):
         return Row(
             order=order,
             valid=valid,
-            values=scores.values.gather(2, order),
+            merit=-best_first(scores, layer.valid).argsort(dim=-1).gather(2, order).float(),
             single=scores.protected.gather(2, order),
             similarity=similarity,
         )
@@ -118,7 +119,7 @@ def _sensitive(row: Row, most: Tensor, slots: Tensor | None) -> Tensor:
         slots: `(batch, kv_heads)`; fewer are taken where no slot is left for every run of tokens between them.
     """
     rest = row.valid & ~row.single
-    ranks = row.values.argsort(dim=-1, descending=True, stable=True)
+    ranks = row.merit.argsort(dim=-1, descending=True, stable=True)
     ranks = ranks.gather(-1, (~rest).gather(-1, ranks).to(torch.uint8).argsort(dim=-1, stable=True)).argsort(dim=-1)
     taken = torch.arange(1, ranks.shape[-1] + 1, device=ranks.device)
     allowed = taken <= most[..., None]
@@ -161,13 +162,13 @@ def _best_clusters(clusters: Tensor, row: Row, slots: Tensor) -> Tensor:
 
 
 def _tops(clusters: Tensor, row: Row) -> tuple[Tensor, Tensor]:
-    """Return the best score of each cluster and the first token that has it, `(batch, kv_heads, tokens)`."""
+    """Return the merit of the best token of each cluster, and that token, `(batch, kv_heads, tokens)`."""
     inside, number = clusters >= 0, clusters.clamp(min=0)
     tokens = clusters.shape[-1]
-    best = torch.full_like(row.values, -NEVER)
-    best = best.scatter_reduce(2, number, row.values.masked_fill(~inside, -NEVER), "amax")
+    best = torch.full_like(row.merit, -NEVER)
+    best = best.scatter_reduce(2, number, row.merit.masked_fill(~inside, -NEVER), "amax")
     place = torch.arange(tokens, device=clusters.device).expand(clusters.shape)
-    place = place.masked_fill(~inside | (row.values < best.gather(2, number)), tokens)
+    place = place.masked_fill(~inside | (row.merit < best.gather(2, number)), tokens)
     return best, torch.full_like(place, tokens).scatter_reduce(2, number, place, "amin")
 
 

@@ -104,3 +104,13 @@ def test_pads_are_in_no_cluster_and_heads_may_keep_fewer() -> None:
 def test_everything_stays_where_everything_fits(count: int) -> None:
     view = plane(*range(count))
     assert select(view, [0.0] * count, count, protected=(count - 1,), sensitive=1.0)[0] == list(range(count))
+
+
+def test_tiers_come_before_scores() -> None:
+    """Token 2 is of a higher tier: with one sensitive token it stays alone, with none it is the pivot."""
+    view = plane(*[30.0] * 5)
+    tiers = torch.tensor([[[0, 0, 1, 0, 0]]], dtype=torch.int16)
+    scores = Scores(torch.tensor([[[9.0, 0.0, 1.0, 0.0, 8.0]]]), torch.zeros_like(view.valid), tiers)
+    alone = AdjacentClusters(sensitive=0.34).select(view, scores, torch.tensor([[3]]))
+    assert alone.indices.tolist() == [[[0, 2, 4]]]
+    assert AdjacentClusters(sensitive=0.0).select(view, scores, torch.tensor([[1]])).indices.tolist() == [[[2]]]
