@@ -13,7 +13,8 @@ import kvcomp
 from kvcomp.core.registry import registry
 
 RECIPES = [entry.name for entry in registry.entries("recipe")]
-COMPRESSING = [name for name in RECIPES if name != "full"]
+FIRM = [name for name in RECIPES if kvcomp.strategy(name).allocator.firm]  # refuse what is below their smallest budget
+COMPRESSING = [name for name in RECIPES if name not in ("full", *FIRM)]
 
 
 def generate(

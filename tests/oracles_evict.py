@@ -119,9 +119,9 @@ def entropy_weights(attention: list[list[Tensor]], modality: list[int] | None = 
 
 @dataclass
 class Kept:
-    """`indices[layer][head]`, and the distance of the nearest choice between two tokens from a tie."""
+    """`indices[layer][head]` (of FastV `[layer]`); how far the nearest choice between two tokens is from a tie."""
 
-    indices: list[list[list[int]]]
+    indices: list
     margin: float
 
 
@@ -286,8 +286,39 @@ def prefix_sizes(scores: list[list[float]], protected: int, slots: int) -> list[
     return [size + protected for size in sizes]
 
 
+def fastv_smallest(modality: list[int], layers: int, first: int) -> float:
+    """FastV: "layers < K keep all KV, so KV budget = (K + (L - K) * keep) / L", with no image kept: rounded up to six
+    decimals, so that floor(ratio * tokens) slots hold it.
+    """
+    tokens, text = len(modality), sum(one not in (1, 2) for one in modality)
+    slots = math.ceil(Fraction(first * tokens + (layers - first) * max(text, 1), layers))
+    return math.ceil(Fraction(slots, tokens) * 10**6) / 10**6
+
+
+def fastv_kept(attention: list[list[Tensor]], modality: list[int], slots: int, first: int) -> Kept | None:
+    """FastV: "attention output of layer K-1, mean over heads, last token's row only; s_j, j in image span; all text".
+
+    `indices[layer]` are those of every head; None where the budget does not hold the full layers and the text.
+    """
+    layers, tokens = len(attention), len(modality)
+    others = [place for place, one in enumerate(modality) if one not in (1, 2)]
+    left = layers * slots - first * tokens
+    if left < (layers - first) * max(len(others), 1):
+        return None
+    scores, kept, clear = last_row(attention[first - 1]), [], math.inf
+    for layer in range(layers):
+        if layer < first:
+            kept.append(list(range(tokens)))
+            continue
+        size = left // (layers - first) + (layer - first < left % (layers - first))
+        chosen, gap = keep(scores, others, min(size, tokens))
+        kept.append(chosen)
+        clear = min(clear, gap)
+    return Kept(kept, clear)
+
+
 def key_norms(keys: Tensor) -> list[float]:
-    """"Keys with the smallest norms draw the most attention": minus the L2 norm."""
+    """ "Keys with the smallest norms draw the most attention": minus the L2 norm."""
     return [-math.sqrt(sum(float(x) ** 2 for x in key)) for key in keys.double()]
 
 

@@ -111,6 +111,12 @@ class BudgetAllocator(Part):
 
     kind = "allocator"
     scope: ClassVar[Literal["layer", "model"]] = "layer"  # "model" needs every layer's scores first
+    firm: ClassVar[bool] = False  # refuses a budget that does not hold what is protected
+
+    def __init_subclass__(cls, use: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(use=use, **kwargs)
+        if cls.scope == "model":
+            cls.provides |= {"all-layers"}
 
     @abstractmethod
     def allocate(self, slots: Tensor, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Tensor:
@@ -160,6 +166,12 @@ class Scorer(Part):
             slots: as for `protect`.
         """
         return None
+
+    def together(self, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Sequence[Scores]:
+        """Return the scores of all layers once all are known, as they are unless overridden: one layer may speak for
+        others. Called with an allocator of scope `model`; a scorer that needs it requires `all-layers`.
+        """
+        return scores
 
     @property
     def protects_by_share(self) -> bool:

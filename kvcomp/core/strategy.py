@@ -101,6 +101,10 @@ class Strategy:
         protected = protected if wanted is None else wanted & layer.valid
         return Scores(values, protected, self.scorer.tiers(layer, slots))
 
+    def together(self, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Sequence[Scores]:
+        """Return the scores of all layers of a model as the scorer sees them together."""
+        return scores if self.scorer is None else self.scorer.together(layers, scores)
+
     def allocate(self, slots: Tensor, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Tensor:
         """Return the slots of every head, `(layers, batch, kv_heads)`, none above what the head holds."""
         held = torch.stack([layer.valid.sum(dim=-1) for layer in layers]).cpu()

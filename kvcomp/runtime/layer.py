@@ -212,18 +212,19 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         self.seconds += time.perf_counter() - started
         return prepared
 
-    def trim(self, slots: Tensor | None = None) -> None:
+    def trim(self, slots: Tensor | None = None, scores: Scores | None = None) -> None:
         """Compress what `prepare` saw, to `slots` `(batch, kv_heads)` or to what the strategy's allocator gives this
-        layer.
+        layer, by `scores` where other layers had a say in them.
         """
         started = time.perf_counter()
         assert self.table is not None
         assert self._view is not None
         assert self._scores is not None
         strategy, view = self.request.strategy, self._view
+        scores = self._scores if scores is None else scores
         if slots is None:
-            slots = strategy.allocate(self.share(), [view], [self._scores])[0]
-        plan = strategy.plan(view, slots, self._scores)
+            slots = strategy.allocate(self.share(), [view], [scores])[0]
+        plan = strategy.plan(view, slots, scores)
         layer = strategy.apply(view, plan)
         assert plan.pivots is not None
         assert plan.assignment is not None

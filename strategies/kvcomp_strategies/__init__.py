@@ -9,6 +9,7 @@ from kvcomp_strategies.allocators.ada_heads import AdaHeads
 from kvcomp_strategies.allocators.entropy import EntropyAllocator
 from kvcomp_strategies.allocators.global_ import Global
 from kvcomp_strategies.allocators.prefix import Prefix
+from kvcomp_strategies.allocators.protected_first import ProtectedFirst
 from kvcomp_strategies.allocators.pyramid import Pyramid
 from kvcomp_strategies.allocators.sparsity import SparsityAllocator
 from kvcomp_strategies.allocators.uniform import UniformAllocator
@@ -36,6 +37,7 @@ from kvcomp_strategies.observations.window_attention import WindowRows
 from kvcomp_strategies.policies.flow_guided import FlowGuided
 from kvcomp_strategies.policies.misaligned import Misaligned
 from kvcomp_strategies.policies.uniform import UniformPolicy
+from kvcomp_strategies.scorers.early_layer import EarlyLayer
 from kvcomp_strategies.scorers.key_diversity import KeyDiversity
 from kvcomp_strategies.scorers.key_norm import KeyNorm
 from kvcomp_strategies.scorers.last_query import LastQuery
@@ -62,6 +64,7 @@ PARTS: tuple[type[Part], ...] = (
     SparsityAllocator,
     Prefix,
     Global,
+    ProtectedFirst,
     Position,
     ProxyAttention,
     Random,
@@ -72,6 +75,7 @@ PARTS: tuple[type[Part], ...] = (
     PostVision,
     KeyNorm,
     KeyDiversity,
+    EarlyLayer,
     TopK,
     AdjacentClusters,
     NoMatch,

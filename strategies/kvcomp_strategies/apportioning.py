@@ -57,7 +57,8 @@ def allot(
     kept_whole = torch.tensor([place in whole for place in range(len(layers))])[:, None, None]
     least = protected.clamp(min=1).minimum(held)
     if whole:
-        check_room(torch.where(kept_whole, held, held.clamp(max=1)), slots, f"layers {sorted(whole)} kept whole")
+        needed = torch.where(kept_whole, held, held.clamp(max=1))
+        check_room(needed, held.amax(dim=(0, 2)), slots, f"layers {sorted(whole)} kept whole")
     shares = apportion(
         _bins(weights.double().cpu().expand(held.shape)),
         slots * held[:, 0].numel(),
@@ -69,8 +70,14 @@ def allot(
     return shares.view(held.shape[1], held.shape[0], held.shape[2]).transpose(0, 1).contiguous()
 
 
-def check_room(needed: Tensor, slots: Tensor, what: str) -> None:
+def check_room(needed: Tensor, tokens: Tensor, slots: Tensor, what: str) -> None:
     """Raise where heads need more slots, `(layers, batch, kv_heads)`, than the budget has.
+
+    Args:
+        needed: by each head.
+        tokens: that a head of each row holds, `(batch,)`: what a ratio is of.
+        slots: the uniform share, `(batch,)`.
+        what: takes so many, for the message.
 
     Raises:
         BudgetError: with the smallest ratio that holds what is needed.
@@ -79,8 +86,7 @@ def check_room(needed: Tensor, slots: Tensor, what: str) -> None:
     total = needed.sum(dim=(0, 2))
     if bool((total <= slots * heads).all()):
         return
-    tokens = needed.amax(dim=(0, 2)).clamp(min=1)  # a layer that is kept whole holds all tokens of its row
-    ratio = max(math.ceil(n / heads) / t for n, t in zip(total.tolist(), tokens.tolist(), strict=True))
+    ratio = max(math.ceil(n / heads) / max(t, 1) for n, t in zip(total.tolist(), tokens.tolist(), strict=True))
     smallest = min(1.0, math.ceil(ratio * 10**6 - ROUNDING) / 10**6)
     raise BudgetError(
         f"the budget must hold {what}, which takes {(total / heads).ceil().long().tolist()} slots per head and layer; "

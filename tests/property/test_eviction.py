@@ -63,6 +63,8 @@ def kept_by(strategy: Strategy, model: Model) -> list[list[list[list[int]]]]:
     views = model.views(strategy)
     share = strategy.slots(views[0].valid.sum(dim=-1).amax(dim=-1), 1)
     scores = [strategy.scores(view, share) for view in views]
+    if strategy.allocator.scope == "model":
+        scores = strategy.together(views, scores)
     allotted = strategy.allocate(share, views, scores)
     plans = [strategy.plan(*one) for one in zip(views, allotted, scores, strict=True)]
     indices = [strategy.apply(*one).indices.tolist() for one in zip(views, plans, strict=True)]
@@ -200,6 +202,28 @@ def test_ties_go_to_the_earlier_token(recipe: str, fill: str, data: st.DataObjec
 @given(data=st.data(), ratio=RATIO)
 def test_prompts_of_one_modality(recipe: str, modality: Modality, data: st.DataObject, ratio: str) -> None:
     _check(recipe, data.draw(models(most_held=0, modalities=((modality,),))), ratio)
+
+
+@pytest.mark.parametrize("first", [1, 2])
+@given(model=models(most_held=0), ratio=RATIO)
+def test_fastv_drops_images_in_the_later_layers_or_says_the_smallest_budget(
+    first: int, model: Model, ratio: str
+) -> None:
+    strategy = kvcomp.strategy("fastv", float(ratio), **{"scorer.layer": first})
+    rows = [row_of(model, number, ratio) for number in range(model.samples[0].keys.shape[0])]
+    smallest = max(oracles_evict.fastv_smallest(row.modality, LAYERS, first) for row in rows)
+    expected = [oracles_evict.fastv_kept(row.attention, row.modality, row.slots, first) for row in rows]
+    if any(kept is None for kept in expected):
+        with pytest.raises(kvcomp.BudgetError, match="never drops") as caught:
+            kept_by(strategy, model)
+        assert caught.value.smallest == smallest
+        ratio = str(smallest)
+        rows = [row_of(model, number, ratio) for number in range(len(rows))]
+        expected = [oracles_evict.fastv_kept(row.attention, row.modality, row.slots, first) for row in rows]
+        strategy = kvcomp.strategy(strategy, smallest)
+    assume(all(kept.margin > NEAR for kept in expected))
+    heads = model.samples[0].keys.shape[1]
+    assert kept_by(strategy, model) == [[[layer] * heads for layer in kept.indices] for kept in expected]
 
 
 @pytest.mark.parametrize("recipe", ORACLES)

@@ -21,7 +21,7 @@ def exact_slots(strategy: Strategy, sample: Sample) -> None:
         return
     seen = run(strategy, sample)
     held = seen.view.valid.sum(dim=-1)
-    share = _share(strategy.budget, held.amax(dim=-1))
+    share = _share(seen.strategy.budget, held.amax(dim=-1))
     if share is not None:
         require_same(seen.share, share, "the uniform share must be max(1, floor(ratio * tokens)) of each row")
     require_all((seen.slots >= 1) & (seen.slots <= held), "a head must be allotted 1 slot to as many as it holds")

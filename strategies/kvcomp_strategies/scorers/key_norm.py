@@ -19,4 +19,5 @@ class KeyNorm(Scorer, use="key-norm"):
 
     def score(self, layer: LayerView, slots: Tensor) -> Tensor:
         """Return minus the norm of each key."""
-        return -torch.linalg.vector_norm(layer.keys.float(), dim=-1)
+        norms: Tensor = torch.linalg.vector_norm(layer.keys.float(), dim=-1)
+        return -norms

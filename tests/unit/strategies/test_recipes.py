@@ -18,6 +18,7 @@ PARTS = {
     "prefixkv": ["uniform", "received-attention", "prefix", "top-k", "none", "drop", "dense"],
     "key-norm": ["uniform", "key-norm", "uniform", "top-k", "none", "drop", "dense"],
     "keydiff": ["uniform", "key-diversity", "uniform", "top-k", "none", "drop", "dense"],
+    "fastv": ["uniform", "early-layer", "protected-first", "top-k", "none", "drop", "dense"],
     "recency": ["uniform", "position", "uniform", "top-k", "none", "drop", "dense"],
     "look-m": ["uniform", "text-first", "uniform", "top-k", "nearest", "pivot-mean", "dense"],
     "look-m-mean": ["uniform", "text-first", "uniform", "top-k", "similarity-threshold", "mean", "dense"],
@@ -48,7 +49,7 @@ def test_a_recipe_is_made_of_these_parts(recipe: str) -> None:
     strategy = kvcomp.strategy(recipe)
     assert [part.use for part in strategy.parts] == PARTS[recipe]
     assert strategy.name == recipe
-    assert strategy.budget == Budget.parse(1.0 if recipe == "full" else 0.2)
+    assert strategy.budget == Budget.parse({"full": 1.0, "fastv": 0.6}.get(recipe, 0.2))
 
 
 def test_the_defaults_of_the_card() -> None:
