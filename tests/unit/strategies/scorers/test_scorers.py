@@ -5,9 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import oracles
+import oracles_evict
 import pytest
 import torch
+from kvcomp_strategies.scorers.early_layer import EarlyLayer
+from kvcomp_strategies.scorers.key_diversity import KeyDiversity
+from kvcomp_strategies.scorers.key_norm import KeyNorm
+from kvcomp_strategies.scorers.last_query import LastQuery
 from kvcomp_strategies.scorers.position import Position
+from kvcomp_strategies.scorers.post_vision import PostVision
 from kvcomp_strategies.scorers.proxy_attention import ProxyAttention
 from kvcomp_strategies.scorers.random import Random
 from kvcomp_strategies.scorers.received_attention import ReceivedAttention
@@ -57,6 +63,12 @@ PROTECTED = {
     "flowmm, a recent window": (ProxyAttention(proxies=1, recent=0.5), 9, 6, [6, 7, 8]),
     "flowmm, sinks": (ProxyAttention(sinks=2), 9, 2, [0, 1, 8]),
     "random": (Random(), 9, 4, []),
+    "tova": (LastQuery(), 9, 4, []),
+    "tova, as kvpress has it": (LastQuery(recent=1), 9, 4, [8]),
+    "vl-cache, a tenth": (PostVision(), 40, 29, [38, 39]),
+    "vl-cache, few slots": (PostVision(), 40, 9, []),
+    "prefixkv": (ReceivedAttention(recent=0.0, sinks=4, latest=1), 9, 7, [0, 1, 2, 3, 8]),
+    "key norm": (KeyNorm(), 9, 4, []),
 }
 
 
@@ -205,3 +217,55 @@ def test_pads_are_in_no_tier() -> None:
         tiers = scorer.tiers(view, torch.tensor([2, 2]))
         assert tiers is not None
         assert bool((tiers[~view.valid] == 0).all())
+
+
+def test_the_last_query_speaks_for_all_heads_or_for_its_group() -> None:
+    sample = make_sample(1, (20,))
+    rows = [attention(sample, head) for head in (0, 1)]
+    for heads, groups in (("all", [rows[0] + rows[1]] * 2), ("group", rows)):
+        scorer = LastQuery(heads=heads)  # type: ignore[arg-type]
+        scores = scorer.score(seen_by(scorer, sample), torch.tensor([4]))
+        for head, group in enumerate(groups):
+            torch.testing.assert_close(scores[0, head].tolist(), oracles_evict.last_row(group), rtol=1e-4, atol=1e-6)
+
+
+def test_received_attention_can_be_the_same_for_all_heads() -> None:
+    sample = make_sample(1, (20,))
+    scorer = ReceivedAttention(heads="all")
+    scores = scorer.score(seen_by(scorer, sample), torch.tensor([4]))
+    assert torch.equal(scores[:, 0], scores[:, 1])
+    expected = oracles.h2o_scores(attention(sample, 0) + attention(sample, 1))
+    torch.testing.assert_close(scores[0, 0].tolist(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_votes_can_be_pooled_by_their_largest() -> None:
+    sample = make_sample(2, (30,), kv_heads=1, group=2)
+    scorer = WindowAttention(window=4, kernel=7, pooling="max")
+    scores = scorer.score(seen_by(scorer, sample), torch.tensor([12]))[0, 0]
+    expected, _ = oracles_evict.window_votes(attention(sample), 12, 4, 7, "max")
+    torch.testing.assert_close(scores.tolist(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_small_and_unusual_keys_score_high() -> None:
+    view = make_sample(0, (4,), kv_heads=1, head_dim=4).view()
+    keys = torch.tensor([[3.0, 4.0, 0.0, 0.0], [0.0] * 4, [6.0, 8.0, 0.0, 0.0], [0.0, 0.0, -2.0, 0.0]])
+    view = replace(view, keys=keys[None, None])
+    assert KeyNorm().score(view, torch.tensor([2]))[0, 0].tolist() == [-5.0, 0.0, -10.0, -2.0]
+    differences = KeyDiversity().score(view, torch.tensor([2]))[0, 0]
+    torch.testing.assert_close(differences.tolist(), oracles_evict.key_differences(keys), rtol=1e-5, atol=1e-6)
+    assert differences[1] == 0.0
+    assert int(differences.argmax()) == 1
+
+
+def test_padding_has_no_direction() -> None:
+    sample = make_sample(0, (5, 9))
+    padded, alone = (KeyDiversity().score(s.view(), torch.tensor([2])) for s in (sample, sample.alone(0)))
+    torch.testing.assert_close(padded[0, :, 4:], alone[0])
+
+
+FIXED = {WindowAttention(): True, ProxyAttention(): True, EarlyLayer(): True, PostVision(): False, Position(): False}
+
+
+@pytest.mark.parametrize("scorer", FIXED, ids=lambda s: s.use)
+def test_windows_that_vote_keep_their_size(scorer: Scorer) -> None:
+    assert scorer.protects_by_share == FIXED[scorer]
