@@ -23,8 +23,8 @@ def make_part(kind: str, spec: Any, faults: list[str], path: str = "") -> Part |
         faults: where faults are added, those of the parts inside included.
         path: of the spec in the file, for the faults; its kind by default.
 
-    >>> make_part("scorer", {"use": "position", "sinks": 2}, [])
-    Position(sinks=2)
+    >>> make_part("scorer", {"use": "position", "sinks": 2}, []).sinks
+    2
     """
     path = path or kind
     spec = {"use": spec} if isinstance(spec, str) else spec
