@@ -7,12 +7,24 @@ from hypothesis import strategies as st
 
 from kvcomp.core.budget import Budget
 from kvcomp.core.config import PART_KEYS
+from kvcomp.core.interfaces import Observation
 from kvcomp.core.registry import Entry, registry
 from kvcomp.core.types import Modality
 from kvcomp.testing import Sample, make_sample, view_for
 from kvcomp.testing.samples import FILLS
 
-__all__ = ["BUDGETS", "DISTINCT", "FLOAT32", "RECIPES", "SAMPLES", "part_entries", "samples", "view_for"]
+__all__ = [
+    "BUDGETS",
+    "DISTINCT",
+    "FLOAT32",
+    "RATIOS",
+    "RECIPES",
+    "SAMPLES",
+    "part_entries",
+    "rows_of",
+    "samples",
+    "view_for",
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODALITIES = (
@@ -24,6 +36,11 @@ MODALITIES = (
 KINDS = (*PART_KEYS, "observation")
 
 RECIPES = [entry.name for entry in registry.entries("recipe")]
+
+
+def rows_of(observation: Observation, valid: torch.Tensor) -> torch.Tensor | None:
+    """The queries that an observation asks for among text, `valid` `(batch, queries)`."""
+    return observation.rows(valid, torch.zeros_like(valid, dtype=torch.int8))
 
 
 def part_entries() -> list[Entry]:

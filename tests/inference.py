@@ -13,7 +13,8 @@ import kvcomp
 from kvcomp.core.registry import registry
 
 RECIPES = [entry.name for entry in registry.entries("recipe")]
-COMPRESSING = [name for name in RECIPES if name != "full"]
+FIRM = [name for name in RECIPES if kvcomp.strategy(name).allocator.firm]  # refuse what is below their smallest budget
+COMPRESSING = [name for name in RECIPES if name not in ("full", *FIRM)]
 
 
 def generate(
@@ -52,6 +53,11 @@ def left_padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         ids[place, width - row.shape[1] :] = row[0]
         mask[place, width - row.shape[1] :] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def kept(cache: kvcomp.CompressedCache) -> torch.Tensor:
+    """Return how many slots each head holds, `(layers, batch, kv_heads)`."""
+    return torch.stack([(layer.indices >= 0).sum(dim=-1) for layer in cache.layers])
 
 
 def quiet_prefill(

@@ -59,7 +59,7 @@ def observe(inputs: AttentionInputs, observations: Iterable[Observation]) -> dic
         return {}
     passes: dict[Observation | None, tuple[Tensor | None, list[Observation]]] = {}
     for observation in observations:
-        rows = observation.rows(inputs.query_valid)
+        rows = observation.rows(inputs.query_valid, inputs.query_modality)
         passes.setdefault(None if rows is None else observation, (rows, []))[1].append(observation)
     results: dict[Observation, Tensor] = {}
     keys = inputs.keys.float().transpose(-1, -2).contiguous()  # (batch, kv_heads, head_dim, tokens): a faster product

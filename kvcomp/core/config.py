@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from kvcomp.core.budget import Budget
 from kvcomp.core.errors import BudgetError, ConfigError, InputError, UnknownNameError, suggest
 from kvcomp.core.interfaces import PART_KINDS, Part
+from kvcomp.core.making import make_part, with_field
 from kvcomp.core.registry import registry
 from kvcomp.core.strategy import Strategy, conflicts
 
@@ -38,9 +38,9 @@ def strategy(
     Args:
         source: a recipe's name (`"flowmm"`), a path of a YAML file, a mapping of the same form, or a strategy.
         budget: replaces the budget: a ratio in (0, 1], `{"tokens": 512}` or `{"bytes": "64MiB"}`.
-        overrides: dotted names change a field of the part that is there (`**{"policy.threshold": 0.3}`); a bare part
-            name replaces the part (`merger="mean"`, or a mapping with `use`); `turns`, `mass_preserving` and `name`
-            are set.
+        overrides: dotted names change a field of the part that is there (`**{"policy.threshold": 0.3}`), also of a
+            part inside it (`**{"merger.merger.use": "mean"}`); a bare part name replaces the part (`merger="mean"`,
+            or a mapping with `use`); `turns`, `mass_preserving` and `name` are set.
 
     Raises:
         BudgetError: the `budget` argument cannot be read.
@@ -149,7 +149,7 @@ def _override(document: dict[str, Any], path: str, value: Any, faults: list[str]
     elif part is None:
         faults.append(f"{path}: this strategy has no {kind} to change")
     elif isinstance(part, str | Mapping):  # anything else is a fault that is found when the part is built
-        document[kind] = {**({"use": part} if isinstance(part, str) else part), field: value}
+        document[kind] = with_field(kind, part, field, value)
 
 
 def _build(document: dict[str, Any], faults: list[str], label: str) -> Strategy:
@@ -189,36 +189,4 @@ def _part(kind: str, document: dict[str, Any], faults: list[str]) -> Part | None
     """Return the part of this kind, None where the document has none and there is no default."""
     spec = document.get(kind)
     spec = DEFAULT_PARTS.get(kind) if spec is None else spec
-    if spec is None:
-        return None
-    spec = {"use": spec} if isinstance(spec, str) else spec
-    if not isinstance(spec, Mapping) or not isinstance(spec.get("use"), str):
-        faults.append(f"{kind}: must be a name or {{use: NAME, field: value}}, got {spec!r}")
-        return None
-    try:
-        part_class: type[Part] = registry.find(kind, spec["use"]).value
-        return part_class(**{str(key): value for key, value in spec.items() if key != "use"})
-    except UnknownNameError as error:
-        faults.append(f"{kind}.use: {error}")
-    except ValidationError as error:
-        faults += [_fault(kind, part_class, dict(detail)) for detail in error.errors()]
-    return None
-
-
-def _fault(kind: str, part_class: type[Part], detail: dict[str, Any]) -> str:
-    path = ".".join(map(str, (kind, *detail["loc"])))
-    if detail["type"] == "extra_forbidden":
-        field = str(detail["loc"][-1])
-        return f"{path}: {part_class.use!r} has no field {field!r}. {suggest(field, part_class.model_fields)}"
-    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    if detail["type"] in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
-        message = _range(part_class, str(detail["loc"][0]))
-    return f"{path}: {message}, got {detail['input']!r}"
-
-
-def _range(part_class: type[Part], field: str) -> str:
-    """Return what a numeric field must be, as an interval."""
-    bounds = {type(bound).__name__.lower(): bound for bound in part_class.model_fields[field].metadata}
-    low = f"[{bounds['ge'].ge:g}" if "ge" in bounds else f"({bounds['gt'].gt:g}" if "gt" in bounds else "(-inf"
-    high = f"{bounds['le'].le:g}]" if "le" in bounds else f"{bounds['lt'].lt:g})" if "lt" in bounds else "inf)"
-    return f"must be in {low}, {high}"
+    return None if spec is None else make_part(kind, spec, faults)

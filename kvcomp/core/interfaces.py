@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -19,6 +20,9 @@ class Part(BaseModel, ABC):
 
     `requires` and `provides` name what must come from, and what it gives to, the other parts of a pipeline; a pipeline
     in which something required is provided by nobody is refused when it is built.
+
+    A part may hold other parts: a field annotated with an interface (`merger: Merger`) is written in a file as
+    `{use: NAME, field: value}`, and what the part inside requires, provides and observes counts as its holder's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -33,13 +37,34 @@ class Part(BaseModel, ABC):
         if use is not None:
             cls.use = use
 
+    @classmethod
+    def part_fields(cls) -> dict[str, type[Part]]:
+        """Return the fields that hold another part, each with its interface."""
+        annotations = {name: field.annotation for name, field in cls.model_fields.items()}
+        return {name: held for name, held in annotations.items() if isinstance(held, type) and issubclass(held, Part)}
+
+    def inner_parts(self) -> tuple[Part, ...]:
+        """Return the parts that this part holds."""
+        return tuple(getattr(self, name) for name in self.part_fields())
+
+    def family(self) -> tuple[Part, ...]:
+        """Return this part and all parts inside it, however deep."""
+        return (self, *(member for part in self.inner_parts() for member in part.family()))
+
+    def gives(self) -> frozenset[str]:
+        """Return what this part and the parts inside it provide."""
+        return frozenset().union(*(part.provides for part in self.family()))
+
     def observations(self) -> tuple[Observation, ...]:
-        """Return the attention statistics that this part reads from `layer.observations`."""
-        return ()
+        """Return the attention statistics that this part reads from `layer.observations`; those of the parts inside it
+        unless overridden.
+        """
+        return tuple(seen for part in self.inner_parts() for seen in part.observations())
 
     def dump(self) -> dict[str, Any]:
         """Return the part as a strategy file holds it."""
-        return {"use": self.use, **self.model_dump(mode="json")}
+        inner = {name: getattr(self, name).dump() for name in self.part_fields()}
+        return {"use": self.use, **self.model_dump(mode="json", exclude=set(inner)), **inner}
 
 
 class Observation(Part):
@@ -52,11 +77,12 @@ class Observation(Part):
     kind = "observation"
     carried: ClassVar[bool] = False  # a per-token sum that is kept for surviving slots and added to in later turns
 
-    def rows(self, valid: Tensor) -> Tensor | None:
+    def rows(self, valid: Tensor, modality: Tensor) -> Tensor | None:
         """Return which queries are needed: `(batch, rows)` int64, ascending, -1 for none; None for all of them.
 
         Args:
             valid: `(batch, queries)` bool, false on padding.
+            modality: of the queries, `(batch, queries)` int8.
         """
         return None
 
@@ -85,6 +111,12 @@ class BudgetAllocator(Part):
 
     kind = "allocator"
     scope: ClassVar[Literal["layer", "model"]] = "layer"  # "model" needs every layer's scores first
+    firm: ClassVar[bool] = False  # refuses a budget that does not hold what is protected
+
+    def __init_subclass__(cls, use: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(use=use, **kwargs)
+        if cls.scope == "model":
+            cls.provides |= {"all-layers"}
 
     @abstractmethod
     def allocate(self, slots: Tensor, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Tensor:
@@ -119,9 +151,34 @@ class Scorer(Part):
         Args:
             layer: what the layer holds.
             slots: `(batch,)`, the uniform share, for the allocator; `(batch, kv_heads)`, what was allotted, for the
-                selector.
+                selector, unless `protects_by_share`.
         """
         return None
+
+    def tiers(self, layer: LayerView, slots: Tensor) -> Tensor | None:
+        """Return the tier of each token, `(batch, kv_heads, tokens)` int16 from 0; None for one tier.
+
+        Tokens of a higher tier are kept before all of a lower one, whatever their scores. Other than protected tokens,
+        they can be merged into.
+
+        Args:
+            layer: what the layer holds.
+            slots: as for `protect`.
+        """
+        return None
+
+    def together(self, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Sequence[Scores]:
+        """Return the scores of all layers once all are known, as they are unless overridden: one layer may speak for
+        others. Called with an allocator of scope `model`; a scorer that needs it requires `all-layers`.
+        """
+        return scores
+
+    @property
+    def protects_by_share(self) -> bool:
+        """Return whether protection and tiers go by the uniform share, whatever a head is allotted: a window whose
+        queries vote stays as it is, one that is a share of the slots grows and shrinks with them.
+        """
+        return False
 
 
 class PivotSelector(Part):
@@ -129,6 +186,7 @@ class PivotSelector(Part):
 
     kind = "selector"
     provides = frozenset({"pivots"})
+    by_score: ClassVar[bool] = True  # what stays has the highest priority, then score, then comes earlier
 
     @abstractmethod
     def select(self, layer: LayerView, scores: Scores, slots: Tensor) -> Pivots:
@@ -154,6 +212,18 @@ class Merger(Part):
     kind = "merger"
     requires = frozenset({"pivots"})
 
+    @property
+    def convex(self) -> frozenset[str]:
+        """Return which of `keys` and `values` are convex combinations of a slot's members: no coordinate leaves their
+        range, and equal vectors merge to themselves.
+        """
+        return frozenset({"keys", "values"})
+
+    @property
+    def alike(self) -> bool:
+        """Return whether keys and values are merged by the same formula: equal ones stay equal."""
+        return True
+
     @abstractmethod
     def merge(self, layer: LayerView, pivots: Pivots, assignment: Assignment) -> tuple[Tensor, Tensor, Tensor]:
         """Return new keys and values `(batch, kv_heads, slots, head_dim)` and counts `(batch, kv_heads, slots)`
@@ -162,19 +232,38 @@ class Merger(Part):
 
 
 class SlotStorage(ABC):
-    """The keys and values of one layer of one request: the mutable object that a `Store` opens."""
+    """The keys and values of one layer of one request: the mutable object that a `Store` opens.
+
+    Its slots lie on one axis: those of the last `replace`, empty ones included, then what was appended.
+    """
 
     @abstractmethod
-    def replace(self, keys: Tensor, values: Tensor) -> None:
-        """Hold exactly these slots, `(batch, kv_heads, slots, head_dim)` each, and nothing else."""
+    def replace(self, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> None:
+        """Hold exactly these slots, `(batch, kv_heads, slots, head_dim)` each, and nothing else.
+
+        Args:
+            keys: of the slots.
+            values: of the slots.
+            mask: `(batch, kv_heads, slots)` bool, false at the end of heads that keep fewer; None where all are full.
+        """
 
     @abstractmethod
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add slots at the end."""
+        """Add slots at the end, `(batch, kv_heads, tokens, head_dim)`, the same number for every head."""
 
     @abstractmethod
     def read(self) -> tuple[Tensor, Tensor]:
-        """Return keys and values of the filled slots; views where the store can give them."""
+        """Return keys and values of all slots, `(batch, kv_heads, slots, head_dim)`; what empty slots hold is finite
+        and means nothing. Views where the store can give them.
+        """
+
+    @abstractmethod
+    def select(self, rows: Tensor) -> None:
+        """Hold these rows of the batch, `(rows,)` int64 on the device of the slots, in this order, and no others."""
+
+    @abstractmethod
+    def move(self, device: torch.device) -> None:
+        """Hold the slots on a device."""
 
     @abstractmethod
     def nbytes(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -98,7 +98,12 @@ class Strategy:
             return Scores(torch.zeros(layer.shape, device=layer.keys.device), protected)
         values = self.scorer.score(layer, slots).float().nan_to_num()
         wanted = self.scorer.protect(layer, slots)
-        return Scores(values, protected if wanted is None else wanted & layer.valid)
+        protected = protected if wanted is None else wanted & layer.valid
+        return Scores(values, protected, self.scorer.tiers(layer, slots))
+
+    def together(self, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Sequence[Scores]:
+        """Return the scores of all layers of a model as the scorer sees them together."""
+        return scores if self.scorer is None else self.scorer.together(layers, scores)
 
     def allocate(self, slots: Tensor, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Tensor:
         """Return the slots of every head, `(layers, batch, kv_heads)`, none above what the head holds."""
@@ -128,7 +133,7 @@ class Strategy:
         scores = self.scores(layer, share) if scores is None else scores
         if slots is None:
             slots = self.allocate(share, [layer], [scores])[0]
-        scores = self._protect(layer, scores, slots)
+        scores = self.for_slots(layer, scores, slots)
         policy = self.policy.plan(layer)
         pivots = self.selector.select(layer, scores, slots)
         return MergePlan(pivots, self.matcher.match(layer, pivots, scores, policy.rule), policy.rho)
@@ -166,23 +171,27 @@ class Strategy:
         slot_bytes = layer.layers * layer.shape[1] * (layer.keys.shape[-1] + layer.values.shape[-1]) * itemsize
         return self.slots(layer.valid.sum(dim=-1).amax(dim=-1).cpu(), slot_bytes)
 
-    def _protect(self, layer: LayerView, scores: Scores, slots: Tensor) -> Scores:
-        """Return the scores with the protection for what was allotted; where that is too little, the latest win."""
+    def for_slots(self, layer: LayerView, scores: Scores, slots: Tensor) -> Scores:
+        """Return the scores with tiers and protection for what was allotted, `(batch, kv_heads)`; where that is too
+        little for what is protected, the latest win.
+        """
         if self.scorer is None:
             return scores
-        wanted = self.scorer.protect(layer, slots)
-        if wanted is None:
-            return scores
-        wanted = wanted & layer.valid
-        from_end = wanted.flip(-1).cumsum(-1).flip(-1)  # 1 at the latest protected token
-        return Scores(scores.values, wanted & (from_end <= slots.to(wanted.device)[..., None]))
+        if not self.scorer.protects_by_share:
+            wanted = self.scorer.protect(layer, slots)
+            protected = torch.zeros_like(layer.valid) if wanted is None else wanted & layer.valid
+            scores = replace(scores, protected=protected, tiers=self.scorer.tiers(layer, slots))
+        from_end = scores.protected.flip(-1).cumsum(-1).flip(-1)  # 1 at the latest protected token
+        fits = from_end <= slots.to(from_end.device)[..., None]
+        return replace(scores, protected=scores.protected & fits)
 
 
 def conflicts(parts: Sequence[Part]) -> list[str]:
-    """Return a fault for every part that requires what no part of the pipeline provides."""
-    provided = {given for part in parts for given in part.provides}
+    """Return a fault for every part, also inside another, that requires what no part of the pipeline provides."""
+    members = [member for part in parts for member in part.family()]
+    provided = frozenset().union(*(part.provides for part in members))
     return [
         f"{part.kind}: {part.use!r} needs {need}, which no part of this pipeline provides"
-        for part in parts
+        for part in members
         for need in sorted(part.requires - provided)
     ]

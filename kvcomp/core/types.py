@@ -31,6 +31,9 @@ class Rule(IntEnum):
     NONE = 3  # no pivot
 
 
+PROTECTED = 2**15 - 1  # the priority of protected tokens: above every tier
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionBlock:
     """Some rows of exact softmax attention, as the model computes it (its mask, scaling, softcap and sinks).
@@ -67,6 +70,7 @@ class LayerView:
         layer: number of this layer.
         layers: number of layers in the model.
         observations: the statistics that the parts declared, by declaration.
+        memory: `(batch, ...)`, the `Assignment.memory` of the last compression of this layer; None before the first.
 
     The tensors of shape `(batch, kv_heads, tokens)` are expanded views (stride 0) as long as the heads agree.
     """
@@ -81,6 +85,7 @@ class LayerView:
     layer: int = 0
     layers: int = 1
     observations: Mapping[Any, Tensor] = field(default_factory=dict)
+    memory: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -91,14 +96,25 @@ class LayerView:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """How much each token matters: `values` float32, higher is kept; `protected` tokens are kept first and never
-    merged into.
+    """How much each token matters, each field `(batch, kv_heads, tokens)`.
 
-    Both `(batch, kv_heads, tokens)`.
+    Attributes:
+        values: float32, higher is kept.
+        protected: bool, tokens that are kept first and never merged into.
+        tiers: int16 from 0, tokens of a higher tier are kept before all of a lower one, whatever their values, and can
+            be merged into; None where there is one tier.
     """
 
     values: Tensor
     protected: Tensor
+    tiers: Tensor | None = None
+
+    def priority(self, valid: Tensor) -> Tensor:
+        """Return the order before values, `(batch, kv_heads, tokens)` int16: 0 for what is no token, then the tiers
+        from 1, `PROTECTED` for what is protected. Of equal priority, the higher value is kept; then the earlier token.
+        """
+        tiers = torch.zeros_like(valid, dtype=torch.int16) if self.tiers is None else self.tiers
+        return torch.where(self.protected, PROTECTED, tiers + 1).masked_fill(~valid, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,11 +165,14 @@ class Assignment:
         sources: `(batch, kv_heads, others)` int64 token positions, ascending, -1 as padding.
         targets: `(batch, kv_heads, others, fanout)` int64 slot numbers in `Pivots.indices`, -1 for none.
         weights: `(batch, kv_heads, others, fanout)` float32, 1 in sum for a source that has a target, else 0.
+        memory: `(batch, ...)`, what the matcher wants to find in `LayerView.memory` at the next compression of this
+            layer in this request, such as a running threshold; None for nothing.
     """
 
     sources: Tensor
     targets: Tensor
     weights: Tensor
+    memory: Tensor | None = None
 
     @property
     def merged(self) -> Tensor:

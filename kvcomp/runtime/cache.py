@@ -235,10 +235,11 @@ class CompressedCache(Cache):
 
     def _trim_together(self) -> None:
         layers, views, scores = zip(*self._waiting, strict=True)
-        share = layers[0].share()
-        for layer, slots in zip(layers, self.strategy.allocate(share, views, scores), strict=True):
-            layer.trim(slots)
         self._waiting.clear()
+        together = self.strategy.together(views, scores)
+        allotted = self.strategy.allocate(layers[0].share(), views, together)
+        for layer, slots, seen in zip(layers, allotted, together, strict=True):
+            layer.trim(slots, seen)
 
     def _bookkeeping(self) -> list[Tensor]:
         return [tensor for layer in self.compressed_layers.values() for tensor in layer.bookkeeping()]

@@ -75,7 +75,7 @@ def saved_strategy(path: Path) -> Any:
 
 def _shape(layer: CompressedCacheLayer) -> dict[str, Any]:
     keys = layer.storage.read()[0]
-    return {"kv_heads": keys.shape[1], "head_dim": keys.shape[3], "dtype": str(keys.dtype)}
+    return {"kv_heads": layer.kv_heads, "head_dim": keys.shape[3], "dtype": str(layer.dtype)}
 
 
 def expected_shape(model: Any) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _tensors(layer: CompressedCacheLayer) -> dict[str, Tensor]:
     found |= {f"table.{name}": getattr(table, name) for name in TABLE}
     if table.columns is table.indices:
         del found["table.columns"]
-    found["next_positions"] = layer.upcoming_positions()
+    found |= {"next_positions": layer.upcoming_positions(), "memory": layer.memory}
     found |= {f"carried.{place}": sums for place, sums in enumerate(layer.carried.values())}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
@@ -108,9 +108,12 @@ def _fill(layer: CompressedCacheLayer, numbers: dict[str, Any], tensors: dict[st
     layer.table = SlotTable(**table)  # type: ignore[arg-type]
     layer.tokens = tensors["tokens"].cpu()
     layer.next_positions, layer.rho = tensors.get("next_positions"), tensors.get("rho")
+    layer.memory = tensors.get("memory")
     for name in NUMBERS:
         setattr(layer, name, numbers[name])
     layer.carried = {_observation(spec): tensors[f"carried.{place}"] for place, spec in enumerate(numbers["carried"])}
+    if layer.trimmed and layer.table.mask is not None:
+        layer.keep_slots(layer.table.mask)  # the file holds heads padded to the longest
 
 
 def _observation(spec: dict[str, Any]) -> Observation:

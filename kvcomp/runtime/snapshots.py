@@ -15,6 +15,8 @@ STATE = (
     "is_initialized",
     "dtype",
     "device",
+    "kv_heads",
+    "slot_bytes",
     "table",
     "tokens",
     "next_positions",
@@ -25,6 +27,7 @@ STATE = (
     "seconds",
     "forwards",
     "carried",
+    "memory",
     "compressions",
 )
 

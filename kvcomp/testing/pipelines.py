@@ -54,9 +54,9 @@ def pipeline_around(subject: Subject) -> Strategy:
         assert not isinstance(subject, type | Part)
         return strategy(subject)
     parts: dict[str, Any] = {kind: registry.find(kind, name).value() for kind, name in NEIGHBOURS.items()}
-    if isinstance(part, Merger) and "merging" not in part.provides:
+    if isinstance(part, Merger) and "merging" not in part.gives():
         parts["matcher"] = registry.find("matcher", "none").value()
-    if isinstance(part, Matcher) and "edges" not in part.provides:
+    if isinstance(part, Matcher) and "edges" not in part.gives():
         parts["merger"] = registry.find("merger", "drop").value()
     if not isinstance(part, Observation):
         parts[part.kind] = part
@@ -66,8 +66,9 @@ def pipeline_around(subject: Subject) -> Strategy:
 def _completed(parts: dict[str, Any], fixed: Part) -> dict[str, Any]:
     """Return the parts with neighbours exchanged until everything that is required is provided."""
     for kind in PART_KEYS:
-        provided = frozenset().union(*(part.provides for part in parts.values()))
-        for need in sorted(parts[kind].requires - provided):
+        provided = frozenset().union(*(part.gives() for part in parts.values()))
+        required = frozenset().union(*(part.requires for part in parts[kind].family()))
+        for need in sorted(required - provided):
             for entry in registry.entries():
                 if entry.kind in PART_KEYS and entry.kind != fixed.kind and need in entry.value.provides:
                     parts[entry.kind] = entry.value()

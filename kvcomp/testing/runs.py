@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from kvcomp.core.attention import observe
+from kvcomp.core.budget import Budget
+from kvcomp.core.errors import BudgetError
 from kvcomp.core.strategy import Strategy
 from kvcomp.core.types import Assignment, CompressedLayer, LayerView, MergePlan, Pivots, Scores
 from kvcomp.testing.failures import fail
@@ -44,14 +46,8 @@ class Run:
         return kept.scatter_(2, places, True)[..., :tokens]
 
     def protected(self) -> Tensor:
-        """Return which tokens the scorer protects for what was allotted; where that is too little, the latest."""
-        scorer = self.strategy.scorer
-        wanted = scorer.protect(self.view, self.slots) if scorer is not None else None
-        if wanted is None:
-            return torch.zeros_like(self.view.valid)
-        wanted = wanted & self.view.valid
-        later = wanted.flip(-1).cumsum(-1).flip(-1)
-        return wanted & (later <= self.slots[..., None])
+        """Return which tokens are protected for what was allotted; where that is too little, the latest."""
+        return self.strategy.for_slots(self.view, self.scores, self.slots).protected
 
     def edges(self) -> Tensor:
         """Return the weight of each edge, `(batch, kv_heads, tokens, slots)` float64, 0 where there is none."""
@@ -76,10 +72,21 @@ def run(strategy: Strategy, sample: Sample) -> Run:
 
 
 def run_view(strategy: Strategy, view: LayerView) -> Run:
-    """Return what every stage makes of a view."""
+    """Return what every stage makes of a view; of a budget that is too small for it, at the smallest that is not."""
+    try:
+        return _run(strategy, view)
+    except BudgetError as error:
+        if error.smallest is None:
+            raise
+        return _run(replace(strategy, budget=Budget.parse(error.smallest)), view)
+
+
+def _run(strategy: Strategy, view: LayerView) -> Run:
     tokens = view.valid.sum(dim=-1).amax(dim=-1)
     share = strategy.slots(tokens, slot_bytes(view))
     scores = strategy.scores(view, share)
+    if strategy.allocator.scope == "model":
+        (scores,) = strategy.together([view], [scores])
     slots = strategy.allocate(share, [view], [scores])[0]
     plan = strategy.plan(view, slots, scores)
     return Run(strategy, view, share, scores, slots, plan, strategy.apply(view, plan))

@@ -36,8 +36,20 @@ def no_edges(layer: LayerView, pivots: Pivots) -> Assignment:
 
 
 def nearest_pivots(layer: LayerView, pivots: Pivots, eligible: Tensor, rule: Tensor, floor: float = -1.0) -> Assignment:
-    """Return for each other token the eligible pivot with the largest cosine of keys (FlowMM Eq. 9-10), none where
-    there is none.
+    """Return for each other token an edge to its most similar eligible pivot (FlowMM Eq. 9-10), none where there is
+    none or its cosine is below the floor. See `most_similar`.
+    """
+    sources, targets, similarity = most_similar(layer, pivots, eligible, rule)
+    return edges_to(sources, targets.masked_fill(similarity < floor - TIE, -1))
+
+
+def edges_to(sources: Tensor, targets: Tensor) -> Assignment:
+    """Return one edge of weight 1 per source that has a target, both `(batch, kv_heads, others)`, -1 for none."""
+    return Assignment(sources, targets[..., None], (targets >= 0).float()[..., None])
+
+
+def most_similar(layer: LayerView, pivots: Pivots, eligible: Tensor, rule: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the other tokens, the eligible pivot whose key has the largest cosine with theirs, and that cosine.
 
     The rule of modalities and the eligibility are written into the matrix product: every key gets one more coordinate
     per modality (one-hot for a token, a penalty or 0 for a pivot), which adds exactly 0 to an allowed cosine and -4
@@ -48,7 +60,10 @@ def nearest_pivots(layer: LayerView, pivots: Pivots, eligible: Tensor, rule: Ten
         pivots: what stays.
         eligible: `(batch, kv_heads, slots)` bool, the pivots that may receive tokens.
         rule: `(batch,)` a `Rule` per row.
-        floor: tokens whose best cosine is below it go nowhere.
+
+    Returns:
+        `(batch, kv_heads, others)` each: positions (-1 as padding), slot numbers (-1 where no pivot may receive the
+        token) and float32 cosines (of no meaning there).
     """
     sources = other_tokens(layer, pivots)
     keys = F.normalize(layer.keys.float(), dim=-1, eps=1e-12)
@@ -59,27 +74,30 @@ def nearest_pivots(layer: LayerView, pivots: Pivots, eligible: Tensor, rule: Ten
     receivers = torch.cat([F.pad(pivots.gather(keys), (0, 0, *room)), penalties], dim=-1)
     receivers = receivers.transpose(-1, -2).contiguous()
     chunks = torch.split(sources, max(1, CHUNK_ELEMENTS // eligible.numel()), dim=2)
-    targets = torch.cat([_nearest(chunk, tokens, receivers, floor) for chunk in chunks], dim=2)
-    targets = targets.masked_fill(sources < 0, -1)[..., None]
-    return Assignment(sources, targets, (targets >= 0).float())
+    found = [_nearest(chunk, tokens, receivers) for chunk in chunks]
+    targets, similarity = (torch.cat(pieces, dim=2) for pieces in zip(*found, strict=True))
+    return sources, targets.masked_fill(sources < 0, -1), similarity
+
+
+def allowed_modalities(same: Tensor, rule: Tensor) -> Tensor:
+    """Return whether the rule lets a token go to a pivot, given whether they are of the same modality."""
+    return torch.where(rule == Rule.INTRA, same, torch.where(rule == Rule.HETERO, ~same, rule == Rule.CROSS))
 
 
 def _penalties(modality: Tensor, eligible: Tensor, rule: Tensor) -> Tensor:
     """Return what each pivot adds to the cosine of a token of each modality, `(batch, kv_heads, slots, modalities)`."""
-    same = F.one_hot(modality.long(), len(Modality)).bool()
-    rule = rule.view(-1, 1, 1, 1)
-    allowed = torch.where(rule == Rule.INTRA, same, torch.where(rule == Rule.HETERO, ~same, rule == Rule.CROSS))
+    allowed = allowed_modalities(F.one_hot(modality.long(), len(Modality)).bool(), rule.view(-1, 1, 1, 1))
     return (allowed & eligible[..., None]).float().sub_(1.0).mul_(-FORBIDDEN)
 
 
-def _nearest(sources: Tensor, tokens: Tensor, receivers: Tensor, floor: float) -> Tensor:
-    """Return the slot number of each source's nearest receiver, `(batch, kv_heads, sources)`, -1 for none.
+def _nearest(sources: Tensor, tokens: Tensor, receivers: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the slot number of each source's nearest receiver, -1 for none, and its cosine, `(batch, kv_heads,
+    sources)`.
 
     Args:
         sources: `(batch, kv_heads, sources)`, -1 as padding.
         tokens: `(batch, kv_heads, tokens, features)`.
         receivers: `(batch, kv_heads, features, slots)`.
-        floor: least cosine.
     """
     index = sources.clamp(min=0)[..., None].expand(-1, -1, -1, tokens.shape[-1])
     similarity = tokens.gather(2, index) @ receivers
@@ -89,5 +107,22 @@ def _nearest(sources: Tensor, tokens: Tensor, receivers: Tensor, floor: float) -
     block = (tops >= best - TIE).view(torch.uint8).argmax(dim=-1, keepdim=True)
     inside = blocks.gather(3, block[..., None].expand(*block.shape, BLOCK)).squeeze(3)
     first = block * BLOCK + (inside >= best - TIE).view(torch.uint8).argmax(dim=-1, keepdim=True)
-    reached = (best > LOWEST_ALLOWED) & (best >= floor - TIE)
-    return first.masked_fill(~reached, -1).squeeze(-1)
+    return first.masked_fill(best <= LOWEST_ALLOWED, -1).squeeze(-1), best.squeeze(-1)
+
+
+def edge_cosines(layer: LayerView, pivots: Pivots, assignment: Assignment) -> Tensor:
+    """Return the cosine of the keys at the two ends of each edge, `(batch, kv_heads, others, fanout)` float32, 0 where
+    there is no edge or a key is zero.
+    """
+    keys = F.normalize(layer.keys.float(), dim=-1, eps=1e-12)
+    source, kept = gather_tokens(keys, assignment.sources), pivots.gather(keys)
+    products = [
+        (source * gather_tokens(kept, targets)).sum(dim=-1).clamp(-1.0, 1.0)
+        for targets in assignment.targets.unbind(-1)
+    ]
+    return torch.stack(products, dim=-1).masked_fill(assignment.targets < 0, 0.0)
+
+
+def gather_tokens(vectors: Tensor, places: Tensor) -> Tensor:
+    """Return vectors `(batch, kv_heads, tokens, head_dim)` at places `(batch, kv_heads, n)`, the first for -1."""
+    return vectors.gather(2, places.clamp(min=0)[..., None].expand(-1, -1, -1, vectors.shape[-1]))

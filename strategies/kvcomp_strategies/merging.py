@@ -31,6 +31,12 @@ def merged_counts(layer: LayerView, pivots: Pivots, assignment: Assignment) -> T
     return pivots.gather(layer.counts) + received
 
 
+def saturated(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the vectors with what the dtype cannot hold as its largest number."""
+    largest = torch.finfo(dtype).max
+    return vectors.clamp(-largest, largest)
+
+
 def blend(vectors: Tensor, pivots: Pivots, assignment: Assignment, own: Tensor, shared: Tensor) -> Tensor:
     """Return `own[j] * pivot_j + sum over edges i -> j of shared[j] * weight * source_i`, in float32.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from fractions import Fraction
 from typing import Annotated
 
 import torch
@@ -20,6 +22,16 @@ def _odd(kernel: int) -> int:
 
 Kernel = Annotated[int, Field(ge=1), AfterValidator(_odd)]
 """Width of a pooling window."""
+
+
+def share_of(slots: Tensor, share: float) -> Tensor:
+    """Return floor(share * slots) for the decimal as written, as a budget's slots are: 0.35 of 20 is 7.
+
+    >>> share_of(torch.tensor([20, 100]), 0.35).tolist()
+    [7, 35]
+    """
+    exact = Fraction(str(share))
+    return slots * exact.numerator // exact.denominator
 
 
 def last_tokens(layer: LayerView, count: Tensor) -> Tensor:
@@ -57,13 +69,31 @@ def pool_average(scores: Tensor, eligible: Tensor, kernel: int) -> Tensor:
     Neighbours are neighbours among the eligible tokens: padding between two of them does not part them. What is not
     eligible scores 0.
     """
+    return _pool(scores, eligible, kernel, _average)
+
+
+def pool_largest(scores: Tensor, eligible: Tensor, kernel: int) -> Tensor:
+    """Return the largest score of `kernel` neighbours, as `pool_average` returns their mean."""
+    return _pool(scores, eligible, kernel, _largest)
+
+
+def _pool(scores: Tensor, eligible: Tensor, kernel: int, pool: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
     if kernel == 1:
         return scores.masked_fill(~eligible, 0.0)
     order = (~eligible).to(torch.uint8).argsort(dim=-1, stable=True)  # the eligible first, in order
-    weight = eligible.gather(-1, order).to(scores.dtype)
-    total = _box_sum(scores.gather(-1, order) * weight, kernel)
-    pooled = total / _box_sum(weight, kernel).clamp(min=1.0) * weight
+    there = eligible.gather(-1, order)
+    pooled = pool(scores.gather(-1, order), there, kernel).masked_fill(~there, 0.0)
     return torch.zeros_like(pooled).scatter_(-1, order, pooled)
+
+
+def _average(scores: Tensor, there: Tensor, kernel: int) -> Tensor:
+    weight = there.to(scores.dtype)
+    return _box_sum(scores * weight, kernel) / _box_sum(weight, kernel).clamp(min=1.0)
+
+
+def _largest(scores: Tensor, there: Tensor, kernel: int) -> Tensor:
+    lowest = scores.masked_fill(~there, -torch.inf)
+    return torch.nn.functional.max_pool1d(lowest, kernel, stride=1, padding=kernel // 2)
 
 
 def _box_sum(values: Tensor, kernel: int) -> Tensor:

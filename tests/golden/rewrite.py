@@ -24,6 +24,7 @@ RECIPES = (
     *("full", "random", "streaming-llm", "h2o", "snapkv"),
     *("flowmm", "flowmm-misaligned", "flowmm-no-flow", "flowmm-no-gate", "flowmm-no-flow-no-gate"),
 )
+MERGING = ("look-m", "look-m-mean", "look-m-weighted", "look-m-evict", "d2o", "meda", "kvmerge", "cam")
 LAYER = 1
 
 
@@ -59,10 +60,10 @@ def random_kept(tokens: int, slots: int, head: int) -> list[int]:
 
 
 def expected() -> dict[str, dict[str, list]]:
-    """Recipe, budget: `[row][head]` lists of kept indices; for FlowMM also where each merged token goes, and rho."""
+    """Recipe, budget: `[row][head]` lists of kept indices; of methods that merge also where each merged token goes."""
     import oracles
 
-    table: dict[str, dict[str, list]] = {recipe: {budget: [] for budget in BUDGETS} for recipe in RECIPES}
+    table: dict[str, dict[str, list]] = {recipe: {budget: [] for budget in BUDGETS} for recipe in (*RECIPES, *MERGING)}
     for row in range(len(LENGTHS)):
         queries, keys, values, modality = prompt(row)
         attention = [oracles.softmax_attention(queries[h], keys[h // GROUP]) for h in range(len(queries))]
@@ -77,7 +78,31 @@ def expected() -> dict[str, dict[str, list]]:
                     for h in range(KV_HEADS)
                 ]
                 table[recipe][budget].append(heads)
+            groups = [attention[h * GROUP : (h + 1) * GROUP] for h in range(KV_HEADS)]
+            for recipe in MERGING:
+                table[recipe][budget].append(merging_row(recipe, groups, keys, values, modality, slots))
     return table
+
+
+def merging_row(recipe, groups, keys, values, modality, slots):  # type: ignore[no-untyped-def]
+    """What a merging method makes of the heads of one row, each of which is allotted the same slots."""
+    import oracles_merge
+
+    heads = [oracles_merge.Head(*head) for head in zip(groups, keys, values, strict=True)]
+    allotted = [slots] * len(heads)
+    if recipe == "d2o":
+        merged, _ = oracles_merge.d2o(heads, modality, allotted)
+    elif recipe == "kvmerge":
+        merged = [oracles_merge.kvmerge(head, oracles_merge.kvmerge_sets(head, slots)) for head in heads]
+    elif recipe == "cam":
+        merged = [oracles_merge.cam(head, slots, LAYER) for head in heads]
+    else:
+        merge = {"look-m": "pivot", "meda": "mean"}.get(recipe, recipe.removeprefix("look-m-"))
+        merged = oracles_merge.look_m(heads, modality, allotted, merge)
+    return [
+        {"kept": one.kept, "edges": [[source, pivot] for source in sorted(one.edges) for pivot in one.edges[source]]}
+        for one in merged
+    ]
 
 
 def one_head(recipe, attention, keys, values, modality, slots, rho, head):  # type: ignore[no-untyped-def]

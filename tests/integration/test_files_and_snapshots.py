@@ -65,7 +65,7 @@ def test_a_snapshot_shares_its_memory():
     assert cache.layers[0].keys.data_ptr() == pointer
 
 
-@pytest.mark.parametrize("recipe", ["flowmm", "h2o", "full"])
+@pytest.mark.parametrize("recipe", ["flowmm", "h2o", "d2o", "kvmerge", "full"])
 def test_a_saved_cache_goes_on_as_if_it_had_not_been_saved(recipe, tmp_path):
     model = tiny_llama()
     rows = left_padded([text_inputs(tokens, seed=tokens)["input_ids"] for tokens in (40, 25)])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from generators import rows_of
 from kvcomp_strategies.observations.cross_modal_flow import CrossModalFlow
 from models import IMAGE_TOKEN, image_inputs, text_inputs, tiny_llama, tiny_qwen3, tiny_qwen_vl
 
@@ -57,7 +58,7 @@ def test_a_prompt_without_images_has_no_rho():
 def test_sampled_rows_lie_one_in_each_stratum_of_the_rows_own_tokens():
     valid = torch.ones(2, 1000, dtype=torch.bool)
     valid[1, :300] = False
-    rows = CrossModalFlow(exact=512, strata=128).rows(valid)
+    rows = rows_of(CrossModalFlow(exact=512, strata=128), valid)
     for row, pads, tokens in ((rows[0], 0, 1000), (rows[1], 300, 700)):
         ranks = row[row >= 0] - pads
         edges = torch.arange(129) * tokens // 128

@@ -6,9 +6,7 @@ such draws are discarded.
 
 from __future__ import annotations
 
-import itertools
 import math
-from dataclasses import dataclass
 from fractions import Fraction
 
 import oracles
@@ -17,49 +15,13 @@ import torch
 from generators import FLOAT32, samples
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from torch import Tensor
+from rows import NEAR, Row, clear, heads, kept_by, row_of
 
 import kvcomp
 from kvcomp.testing import Run, Sample, run
 
-NEAR = 1e-5
 PROMPTS = samples(dtypes=FLOAT32, fills=("normal",), most_held=0)
 RATIO = st.integers(1, 100).map(lambda hundredths: str(hundredths / 100))
-
-
-@dataclass
-class Row:
-    """One row without its padding: `attention` per query head, the rest per KV head."""
-
-    attention: list[Tensor]
-    keys: Tensor
-    values: Tensor
-    modality: list[int]
-    group: int
-
-    def of(self, head: int) -> list[Tensor]:
-        return self.attention[head * self.group : (head + 1) * self.group]
-
-
-def row_of(sample: Sample, row: int) -> Row:
-    valid = sample.valid[row, 0]
-    keys, values, queries = (t[row][:, valid] for t in (sample.keys, sample.values, sample.queries))
-    group = queries.shape[0] // keys.shape[0]
-    attention = [oracles.softmax_attention(queries[h], keys[h // group]) for h in range(queries.shape[0])]
-    return Row(attention, keys, values, sample.modality[row, 0, valid].tolist(), group)
-
-
-def kept_by(seen: Run, row: int, head: int) -> list[int]:
-    return [index for index in seen.compressed.indices[row, head].tolist() if index >= 0]
-
-
-def heads(sample: Sample) -> list[tuple[int, int]]:
-    return [(row, head) for row in range(sample.keys.shape[0]) for head in range(sample.keys.shape[1])]
-
-
-def clear(scores: list[float]) -> bool:
-    ordered = sorted(scores)
-    return all(after - before > NEAR * max(1.0, after) for before, after in itertools.pairwise(ordered))
 
 
 @given(sample=samples(most_held=0), ratio=RATIO)

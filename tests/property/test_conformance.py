@@ -18,6 +18,7 @@ from torch import Tensor
 
 import kvcomp
 from kvcomp import Assignment, LayerView, Pivots, Scores
+from kvcomp.core.interfaces import Part
 from kvcomp.core.registry import Entry
 from kvcomp.testing import ConformanceError, check
 
@@ -62,7 +63,7 @@ class Blind(TopK, use="blind"):
     """Forgets what is protected."""
 
     def select(self, layer: LayerView, scores: Scores, slots: Tensor) -> Pivots:
-        return super().select(layer, Scores(scores.values, torch.zeros_like(scores.protected)), slots)
+        return super().select(layer, replace(scores, protected=torch.zeros_like(scores.protected)), slots)
 
 
 class LaterTies(TopK, use="later-ties"):
@@ -70,7 +71,21 @@ class LaterTies(TopK, use="later-ties"):
 
     def select(self, layer: LayerView, scores: Scores, slots: Tensor) -> Pivots:
         places = torch.arange(layer.shape[2], dtype=torch.float64) * 1e-12
-        return super().select(layer, Scores(scores.values.double() + places, scores.protected), slots)
+        return super().select(layer, replace(scores, values=scores.values.double() + places), slots)
+
+
+class Tierless(TopK, use="tierless"):
+    """Goes by scores alone."""
+
+    def select(self, layer: LayerView, scores: Scores, slots: Tensor) -> Pivots:
+        return super().select(layer, replace(scores, tiers=None), slots)
+
+
+class Coarse(TopK, use="coarse"):
+    """Takes the earliest tokens, whatever their scores."""
+
+    def select(self, layer: LayerView, scores: Scores, slots: Tensor) -> Pivots:
+        return super().select(layer, replace(scores, values=torch.zeros_like(scores.values)), slots)
 
 
 class Shrinking(Mean, use="shrinking"):
@@ -202,6 +217,8 @@ BROKEN = {
     Greedy: ("exact-slots", "exactly the slots it was allotted"),
     Blind: ("protected-stay", "a protected token must stay"),
     LaterTies: ("earlier-ties", "the earlier token"),
+    Tierless: ("higher-tiers", "one of a higher tier goes"),
+    Coarse: ("earlier-ties", "one of a higher score goes"),
     Shrinking: ("convex-hull|equal-vectors", "between their members|merge to themselves"),
     Uncounted: ("counts", "must count its pivot's tokens"),
     KeysOnly: ("same-edges", "same edges as their keys"),
@@ -248,6 +265,25 @@ def test_a_crash_is_reported_as_one() -> None:
 def test_a_conformance_error_is_an_assertion() -> None:
     assert issubclass(ConformanceError, AssertionError)
     assert issubclass(ConformanceError, kvcomp.KVCompError)
+
+
+class Freely(Coarse, use="freely"):
+    """Takes the earliest tokens, and says that it does not go by score."""
+
+    by_score = False
+
+
+class ShorterByWord(Shrinking, use="shorter-by-word"):
+    """Merged slots are too short, and the merger does not call them convex."""
+
+    @property
+    def convex(self) -> frozenset[str]:
+        return frozenset()
+
+
+@pytest.mark.parametrize("part", [Freely, ShorterByWord])
+def test_what_a_part_does_not_say_of_itself_is_not_asked_of_it(part: type[Part]) -> None:
+    assert check(part, seeds=[0]) is None
 
 
 def test_a_promise_can_be_left_out() -> None:

@@ -7,7 +7,7 @@ import math
 import oracles
 import pytest
 import torch
-from generators import DISTINCT, FLOAT32, SAMPLES, samples
+from generators import DISTINCT, FLOAT32, SAMPLES, rows_of, samples
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from kvcomp_strategies.observations.cross_modal_flow import CrossModalFlow
@@ -95,29 +95,29 @@ def test_rho_is_equation_six(sample: Sample) -> None:
 
 def test_rho_is_exact_up_to_512_queries_and_sampled_above() -> None:
     valid = torch.ones(1, 513, dtype=torch.bool)
-    assert CrossModalFlow().rows(valid[:, :512]) is None
-    assert CrossModalFlow().rows(valid).shape == (1, 128)  # type: ignore[union-attr]
-    assert CrossModalFlow(rows_used="all").rows(valid) is None
+    assert rows_of(CrossModalFlow(), valid[:, :512]) is None
+    assert rows_of(CrossModalFlow(), valid).shape == (1, 128)  # type: ignore[union-attr]
+    assert rows_of(CrossModalFlow(rows_used="all"), valid) is None
 
 
 @given(length=st.integers(513, 3000), other=st.integers(1, 3000), seed=st.integers(0, 9))
 def test_a_row_is_sampled_alike_in_any_batch(length: int, other: int, seed: int) -> None:
     flow, width = CrossModalFlow(seed=seed), max(length, other)
-    alone = flow.rows(torch.ones(1, length, dtype=torch.bool))
+    alone = rows_of(flow, torch.ones(1, length, dtype=torch.bool))
     valid = torch.arange(width) >= width - torch.tensor([length, other])[:, None]
-    batch = flow.rows(valid)
+    batch = rows_of(flow, valid)
     assert alone is not None
     assert batch is not None
     used = batch[0][batch[0] >= 0] - (width - length)
     assert used.tolist() == alone[0].tolist()
-    lone = flow.rows(torch.ones(1, other, dtype=torch.bool))
+    lone = rows_of(flow, torch.ones(1, other, dtype=torch.bool))
     expected = list(range(other)) if lone is None else lone[0].tolist()
     assert (batch[1][batch[1] >= 0] - (width - other)).tolist() == expected
 
 
 @given(length=st.integers(513, 5000), seed=st.integers(0, 9))
 def test_one_row_is_sampled_in_each_of_128_equal_strata(length: int, seed: int) -> None:
-    rows = CrossModalFlow(seed=seed).rows(torch.ones(1, length, dtype=torch.bool))
+    rows = rows_of(CrossModalFlow(seed=seed), torch.ones(1, length, dtype=torch.bool))
     assert rows is not None
     edges = [stratum * length // 128 for stratum in range(129)]
     assert all(start <= row < end for row, start, end in zip(rows[0].tolist(), edges, edges[1:], strict=False))

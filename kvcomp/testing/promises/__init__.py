@@ -18,6 +18,7 @@ PROMISES: dict[str, Promise] = {
     "exact-slots": budget.exact_slots,
     "sorted-pivots": budget.sorted_pivots,
     "earlier-ties": budget.earlier_ties,
+    "higher-tiers": budget.higher_tiers,
     "protected-stay": budget.protected_stay,
     "full-budget": budget.full_budget,
     "edges": merging.edges_are_well_formed,

@@ -21,7 +21,7 @@ def exact_slots(strategy: Strategy, sample: Sample) -> None:
         return
     seen = run(strategy, sample)
     held = seen.view.valid.sum(dim=-1)
-    share = _share(strategy.budget, held.amax(dim=-1))
+    share = _share(seen.strategy.budget, held.amax(dim=-1))
     if share is not None:
         require_same(seen.share, share, "the uniform share must be max(1, floor(ratio * tokens)) of each row")
     require_all((seen.slots >= 1) & (seen.slots <= held), "a head must be allotted 1 slot to as many as it holds")
@@ -59,24 +59,38 @@ def sorted_pivots(strategy: Strategy, sample: Sample) -> None:
 
 
 def earlier_ties(strategy: Strategy, sample: Sample) -> None:
-    """Where a selector goes by score, equal scores go to the earlier token.
+    """The best scores are kept, and equal scores go to the earlier token.
 
-    Says nothing about a selector that does not keep the best scores.
+    Says nothing about a selector that does not go `by_score`.
     """
-    if strategy.selector is None:
+    if strategy.selector is None or not strategy.selector.by_score:
         return
     seen = run(strategy, sample)
     generator = torch.Generator().manual_seed(0)
-    shuffled = torch.rand(seen.view.shape, generator=generator)
+    values = torch.randint(3, seen.view.shape, generator=generator).float()
     free = seen.view.valid & ~seen.protected()
-    if not _keeps_the_best(strategy, seen.view, Scores(shuffled, seen.protected()), seen.slots, free):
-        return
-    tied = Scores((shuffled * 3).floor(), seen.protected())
-    kept = _kept(strategy, seen.view, tied, seen.slots)
+    kept = _kept(strategy, seen.view, Scores(values, seen.protected()), seen.slots)
+    _require_best(values, kept, free, "no token may stay while one of a higher score goes")
     for level in range(3):
-        here = free & (tied.values == level)
+        here = free & (values == level)
         skipped = (here & ~kept).cumsum(dim=-1) > 0
         require_all(~(skipped & here & kept), "of equal scores the earlier token must stay")
+
+
+def higher_tiers(strategy: Strategy, sample: Sample) -> None:
+    """A token of a higher tier is kept before all of a lower one, whatever their scores.
+
+    Says nothing about a selector that does not go `by_score`.
+    """
+    if strategy.selector is None or not strategy.selector.by_score:
+        return
+    seen = run(strategy, sample)
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(seen.view.shape, generator=generator)
+    tiers = torch.randint(3, seen.view.shape, generator=generator, dtype=torch.int16)
+    kept = _kept(strategy, seen.view, Scores(values, seen.protected(), tiers), seen.slots)
+    free = seen.view.valid & ~seen.protected()
+    _require_best(tiers, kept, free, "no token may stay while one of a higher tier goes")
 
 
 def _kept(strategy: Strategy, view: LayerView, scores: Scores, slots: Tensor) -> Tensor:
@@ -87,11 +101,11 @@ def _kept(strategy: Strategy, view: LayerView, scores: Scores, slots: Tensor) ->
     return kept.scatter_(2, pivots.indices.masked_fill(~pivots.filled(), tokens), True)[..., :tokens]
 
 
-def _keeps_the_best(strategy: Strategy, view: LayerView, scores: Scores, slots: Tensor, free: Tensor) -> bool:
-    kept = _kept(strategy, view, scores, slots)
-    worst = scores.values.masked_fill(~(kept & free), 2.0).amin(dim=-1)
-    best = scores.values.masked_fill(kept | ~free, -1.0).amax(dim=-1)
-    return bool((worst >= best).all())
+def _require_best(values: Tensor, kept: Tensor, free: Tensor, seen: str) -> None:
+    """Raise where a head gives up a token with a higher value than one that it keeps."""
+    worst = values.masked_fill(~(kept & free), 3).amin(dim=-1)
+    best = values.masked_fill(kept | ~free, -1).amax(dim=-1)
+    require_all(worst >= best, seen)
 
 
 def protected_stay(strategy: Strategy, sample: Sample) -> None:

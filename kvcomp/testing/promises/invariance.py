@@ -95,7 +95,7 @@ def row_alone(strategy: Strategy, sample: Sample) -> None:
     """A row keeps in a batch, behind padding, what it keeps alone: the same indices and counts, and the same rho."""
     together = run(strategy, sample)
     for row in range(sample.keys.shape[0]):
-        alone = run(strategy, sample.alone(row))
+        alone = run(together.strategy, sample.alone(row))
         kept, lone = together.compressed, alone.compressed
         inside = kept.mask[row] if kept.mask is not None else torch.ones_like(kept.indices[row], dtype=torch.bool)
         whole = lone.mask[0] if lone.mask is not None else torch.ones_like(lone.indices[0], dtype=torch.bool)

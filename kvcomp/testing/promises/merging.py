@@ -79,7 +79,7 @@ def counts_conserved(strategy: Strategy, sample: Sample) -> None:
     seen = run(strategy, sample)
     own = seen.pivots.gather(seen.view.counts).masked_fill(~seen.pivots.filled(), 0.0)
     received = torch.einsum("bhts,bht->bhs", seen.edges(), seen.view.counts.double())
-    if "merging" not in strategy.merger.provides:
+    if "merging" not in strategy.merger.gives():
         received = torch.zeros_like(received)
     counts = seen.compressed.counts
     require(counts.dtype == torch.float32, f"counts must be float32, got {counts.dtype}")
@@ -90,12 +90,15 @@ def counts_conserved(strategy: Strategy, sample: Sample) -> None:
 
 
 def convex_hull(strategy: Strategy, sample: Sample) -> None:
-    """No coordinate of a merged slot is outside the range of its members: a mean shrinks and stretches nothing."""
+    """No coordinate of a merged slot is outside the range of its members: a mean shrinks and stretches nothing.
+
+    Says nothing about what the merger does not call `convex`.
+    """
     if strategy.selector is None:
         return
     seen = run(strategy, sample)
     members = seen.edges() > 0
-    for name in ("keys", "values"):
+    for name in sorted(strategy.merger.convex):
         after, low, high = getattr(seen.compressed, name).double(), *_range(seen, getattr(seen.view, name), members)
         slack = _rounding(seen.view) * low.abs().maximum(high.abs())
         inside = (after >= low - slack) & (after <= high + slack)
@@ -117,7 +120,7 @@ def _rounding(view: LayerView) -> float:
 
 
 def equal_vectors(strategy: Strategy, sample: Sample) -> None:
-    """Equal keys and values merge to themselves."""
+    """Equal keys and values merge to themselves. Says nothing about what the merger does not call `convex`."""
     if strategy.selector is None:
         return
     view = view_for(strategy, sample)
@@ -125,13 +128,18 @@ def equal_vectors(strategy: Strategy, sample: Sample) -> None:
     seen = run_view(strategy, replace(view, keys=keys, values=values))
     eps, filled = _rounding(view), seen.pivots.filled()
     for name, before in (("keys", keys), ("values", values)):
+        if name not in strategy.merger.convex:
+            continue
         after = getattr(seen.compressed, name)[filled]
         require_close(after, seen.pivots.gather(before)[filled], eps, f"equal {name} must merge to themselves")
 
 
 def same_edges(strategy: Strategy, sample: Sample) -> None:
-    """Values follow the edges of their keys: where they are equal, they stay equal."""
-    if strategy.selector is None:
+    """Values follow the edges of their keys: where they are equal, they stay equal.
+
+    Says nothing about a merger that does not treat them `alike`.
+    """
+    if strategy.selector is None or not strategy.merger.alike:
         return
     view = view_for(strategy, sample)
     kept = run_view(strategy, replace(view, values=view.keys.clone())).compressed

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvcomp.core.attention import observe
 from kvcomp.core.interfaces import BudgetAllocator, LayerPolicy, Observation, Part, Store
+from kvcomp.core.making import make_part
 from kvcomp.core.strategy import Strategy
 from kvcomp.core.types import AttentionBlock, Rule
 from kvcomp.testing.failures import require, require_all, require_close, require_same
@@ -27,13 +28,23 @@ def settings(strategy: Strategy, part: Part, sample: Sample) -> None:
     require(bool((type(part).__doc__ or "").strip()), "a part must have a docstring that says what it does")
     document = part.dump()
     require(document.pop("use") == part.use, "the dump of a part must hold its name")
-    require(type(part)(**document) == part, f"a part must come back from its dump, got {document}")
-    require(hash(type(part)(**document)) == hash(part), "equal parts must have equal hashes")
+    fields = _fields(part, document)
+    again = type(part)(**fields)
+    require(again == part, f"a part must come back from its dump, got {document}")
+    require(hash(again) == hash(part), "equal parts must have equal hashes")
     try:
-        type(part).model_validate(document | {"no_such_field": 1})
+        type(part)(**fields | {"no_such_field": 1})
     except ValidationError:
         return
     require(False, "unknown fields must be refused: keep `extra='forbid'`")
+
+
+def _fields(part: Part, document: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields that a dump holds, the parts inside made anew."""
+    faults: list[str] = []
+    inner = {name: make_part(held.kind, document[name], faults) for name, held in part.part_fields().items()}
+    require(not faults, f"the parts inside a part must come back from its dump: {'; '.join(faults)}")
+    return document | inner
 
 
 def legal_plan(strategy: Strategy, part: Part, sample: Sample) -> None:
@@ -87,6 +98,31 @@ def holds_what_it_is_given(strategy: Strategy, part: Part, sample: Sample) -> No
         _holds(storage.read(), (sample.keys[:, :, :1], sample.values[:, :, :1]))
 
 
+def holds_ragged_heads(strategy: Strategy, part: Part, sample: Sample) -> None:
+    """A store holds heads that keep different numbers of slots, what is appended to them, and any rows of them."""
+    if not isinstance(part, Store):
+        return
+    batch, kv_heads, slots = sample.keys.shape[:3]
+    lengths = 1 + torch.arange(batch * kv_heads).view(batch, kv_heads, 1) * 5 % slots
+    mask = torch.arange(slots) < lengths
+    storage = part.open()
+    storage.replace(sample.keys, sample.values, mask)
+    storage.append(sample.keys[:, :, :2], sample.values[:, :, :2])
+    filled = torch.cat([mask, torch.ones_like(mask[..., :2])], dim=2)
+    expected = [torch.cat([t, t[:, :, :2]], dim=2) for t in (sample.keys, sample.values)]
+    _holds(_filled(storage.read(), filled), _filled(expected, filled))
+    order = torch.tensor([batch - 1, 0, 0])
+    storage.select(order)
+    storage.move(sample.keys.device)
+    _holds(_filled(storage.read(), filled[order]), _filled([t[order] for t in expected], filled[order]))
+
+
+def _filled(pair: Any, filled: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys and values with zeros in empty slots, after a look that these are finite."""
+    require_all(pair[0].isfinite() & pair[1].isfinite(), "empty slots must hold something finite")
+    return pair[0].masked_fill(~filled[..., None], 0.0), pair[1].masked_fill(~filled[..., None], 0.0)
+
+
 def _holds(read: tuple[Tensor, Tensor], expected: Any) -> None:
     for name, after, before in zip(("keys", "values"), read, expected, strict=True):
         require(after.shape == before.shape, f"{name}: {tuple(before.shape)} were put in, {tuple(after.shape)} read")
@@ -101,9 +137,9 @@ class _Recorder(Observation, use="recorder"):
 
     watched: Any = Field()
 
-    def rows(self, valid: Tensor) -> Tensor | None:
+    def rows(self, valid: Tensor, modality: Tensor) -> Tensor | None:
         """Return the rows of the other."""
-        rows: Tensor | None = self.watched.rows(valid)
+        rows: Tensor | None = self.watched.rows(valid, modality)
         return rows
 
     def update(self, state: list[AttentionBlock] | None, block: AttentionBlock) -> list[AttentionBlock]:
@@ -150,5 +186,6 @@ PART_PROMISES: dict[str, PartPromise] = {
     "legal-plan": legal_plan,
     "exact-sum": exact_sum,
     "store": holds_what_it_is_given,
+    "ragged-store": holds_ragged_heads,
     "fold": fold,
 }

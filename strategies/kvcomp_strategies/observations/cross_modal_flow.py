@@ -45,7 +45,7 @@ class CrossModalFlow(Observation, use="cross-modal-flow"):
             raise ValueError(f"strata must be at most exact ({self.exact})")
         return self
 
-    def rows(self, valid: Tensor) -> Tensor | None:
+    def rows(self, valid: Tensor, modality: Tensor) -> Tensor | None:
         """Return the sampled queries of each row, or None for all of them."""
         if self.rows_used == "all" or valid.shape[1] <= self.exact:
             return None

@@ -22,7 +22,7 @@ class WindowRows(Observation, use="window-attention"):
 
     count: int = Field(default=32, ge=1)
 
-    def rows(self, valid: Tensor) -> Tensor:
+    def rows(self, valid: Tensor, modality: Tensor) -> Tensor:
         """Return the last `count` valid queries, `(batch, count)`, -1 at the front where there are fewer."""
         order = valid.to(torch.uint8).argsort(dim=-1, stable=True)[:, -self.count :]
         return order.masked_fill(~valid.gather(1, order), -1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvcomp.core.interfaces import Observation, Scorer
 from kvcomp.core.types import LayerView
 from kvcomp_strategies.observations.window_attention import WindowRows
-from kvcomp_strategies.windows import Kernel, last_tokens, pool_average, sum_last_rows
+from kvcomp_strategies.windows import Kernel, last_tokens, pool_average, share_of, sum_last_rows
 
 
 class ProxyAttention(Scorer, use="proxy-attention"):
@@ -53,5 +53,10 @@ class ProxyAttention(Scorer, use="proxy-attention"):
         window = last_tokens(layer, self._kept(slots))
         return window | (layer.valid & (layer.indices < self.sinks)) if self.sinks else window
 
+    @property
+    def protects_by_share(self) -> bool:
+        """Return that the window keeps its size, that of its votes, in heads that are allotted more or less."""
+        return True
+
     def _kept(self, slots: Tensor) -> Tensor:
-        return (slots // 2).clamp(max=self.proxies).maximum((slots * self.recent).long())
+        return (slots // 2).clamp(max=self.proxies).maximum(share_of(slots, self.recent))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from kvcomp.core.interfaces import Scorer
 from kvcomp.core.types import LayerView
-
-WORD = 0xFFFFFFFF
+from kvcomp_strategies.hashing import uniform
 
 
 class Random(Scorer, use="random"):
@@ -22,14 +22,5 @@ class Random(Scorer, use="random"):
 
     def score(self, layer: LayerView, slots: Tensor) -> Tensor:
         """Return uniform numbers in [0, 1), `(batch, kv_heads, tokens)` float64: no ties in practice."""
-        heads = layer.indices.new_tensor(range(layer.shape[1])).long()[None, :, None]
-        stream = _mix(heads + (self.seed * 1_000_003 + layer.layer) * 4096)
-        return _mix(_mix(layer.indices.long() ^ stream) ^ stream).double() / (WORD + 1)
-
-
-def _mix(state: Tensor) -> Tensor:
-    """Return a 32-bit integer hash (two rounds of multiply and xor-shift), in int64 so that no product overflows."""
-    state = state & WORD
-    for _ in range(2):
-        state = ((state >> 16) ^ state) * 0x45D9F3B & WORD
-    return (state >> 16) ^ state
+        heads = torch.arange(layer.shape[1], device=layer.indices.device)[:, None]
+        return uniform(layer.indices, self.seed, layer.layer, heads)

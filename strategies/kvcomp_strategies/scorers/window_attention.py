@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 from torch import Tensor
 
 from kvcomp.core.interfaces import Observation, Scorer
 from kvcomp.core.types import LayerView
 from kvcomp_strategies.observations.window_attention import WindowRows
-from kvcomp_strategies.windows import Kernel, group_mean, last_tokens, pool_average, sum_last_rows
+from kvcomp_strategies.windows import (
+    Kernel,
+    group_mean,
+    last_tokens,
+    pool_average,
+    pool_largest,
+    sum_last_rows,
+)
 
 
 class WindowAttention(Scorer, use="window-attention"):
@@ -24,11 +33,13 @@ class WindowAttention(Scorer, use="window-attention"):
 
     Attributes:
         window: at most this many of the last queries vote.
-        kernel: width of the average pooling, odd; 1 for none.
+        kernel: width of the pooling, odd; 1 for none.
+        pooling: `"average"`, or `"max"` as in the configurations that the official code ran LongBench with.
     """
 
     window: int = Field(default=32, ge=1)
     kernel: Kernel = 5
+    pooling: Literal["average", "max"] = "average"
 
     def observations(self) -> tuple[Observation, ...]:
         """Return the last rows."""
@@ -39,11 +50,17 @@ class WindowAttention(Scorer, use="window-attention"):
         kept = self._kept(slots)
         votes = sum_last_rows(layer.observations[WindowRows(count=self.window)], kept.clamp(min=1))
         before = layer.valid & ~last_tokens(layer, kept)
-        return pool_average(group_mean(votes, layer.shape[1]), before, self.kernel)
+        pool = pool_average if self.pooling == "average" else pool_largest
+        return pool(group_mean(votes, layer.shape[1]), before, self.kernel)
 
     def protect(self, layer: LayerView, slots: Tensor) -> Tensor:
         """Return the window."""
         return last_tokens(layer, self._kept(slots))
+
+    @property
+    def protects_by_share(self) -> bool:
+        """Return that the window keeps its size, that of its votes, in heads that are allotted more or less."""
+        return True
 
     def _kept(self, slots: Tensor) -> Tensor:
         return (slots // 2).clamp(max=self.window)

@@ -7,28 +7,33 @@ from torch import Tensor
 
 from kvcomp.core.interfaces import PivotSelector
 from kvcomp.core.types import LayerView, Pivots, Scores
+from kvcomp_strategies.ranking import best_first
 
 
 class TopK(PivotSelector, use="top-k"):
-    """Keep the protected tokens, then those with the highest scores; equal scores go to the earlier token.
+    """Keep the protected tokens, then the highest tiers, then the highest scores; equal scores go to the earlier token.
 
-    The order is lexicographic (protected, valid, score, place), by stable sorts instead of added constants, which
-    would swallow small scores in low precision. Sorted by place at the end. A smaller budget keeps a subset of a
-    larger one's choice.
+    The order is lexicographic (protected, tier, score, place); see `kvcomp_strategies.ranking`. Sorted by place at the
+    end. A smaller budget keeps a subset of a larger one's choice where tiers and protection do not change with it.
+
+    Attributes:
+        overflow: also keep every token above the lowest tier, beyond the budget: the official LOOK-M keeps all text,
+            however little was asked for, and with it text-only prompts as they are.
     """
 
     requires = frozenset({"scores"})
 
+    overflow: bool = False
+
     def select(self, layer: LayerView, scores: Scores, slots: Tensor) -> Pivots:
         """Return the pivots, `slots` `(batch, kv_heads)` of them per head."""
+        if self.overflow:  # one sync on an accelerator, since it decides a shape
+            slots = slots.maximum((scores.priority(layer.valid) > 1).sum(dim=-1).to(slots.device))
         tokens, most = layer.shape[2], int(slots.max())
         if int(slots.min()) == tokens:  # every head holds so many valid tokens, so everything stays
             return Pivots(torch.arange(tokens, device=layer.keys.device).expand(layer.shape))
-        order = scores.values.argsort(dim=-1, descending=True, stable=True)
-        tier = layer.valid.to(torch.uint8) + scores.protected
-        order = order.gather(-1, tier.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
         mask = self._mask(slots, layer)
-        chosen = order[..., :most]
+        chosen = best_first(scores, layer.valid)[..., :most]
         if mask is not None:
             chosen = chosen.masked_fill(~mask, tokens)
         chosen = chosen.sort(dim=-1).values

@@ -32,8 +32,8 @@ class Places(Observation, use="places-of-this-test"):
 
     last: int | None = None
 
-    def rows(self, valid: Tensor) -> Tensor | None:
-        return None if self.last is None else WindowRows(count=self.last).rows(valid)
+    def rows(self, valid: Tensor, modality: Tensor) -> Tensor | None:
+        return None if self.last is None else WindowRows(count=self.last).rows(valid, modality)
 
     def update(self, state: Any, block: AttentionBlock) -> Any:
         return [*(state or []), block]

@@ -61,6 +61,26 @@ BAD = {
         {**TOP_K, "matcher": {"use": "sensitivity-gated", "units": "mean"}, "merger": "mean"},
         "matcher: threshold must be given with units 'mean' or 'absolute', and only then",
     ),
+    "part inside a part": (
+        {**TOP_K, "matcher": "nearest", "merger": {"use": "values-only", "merger": {"use": "pivot-men"}}},
+        "merger.merger.use: no merger named 'pivot-men'. Did you mean 'pivot-mean'?",
+    ),
+    "part inside a part is a number": (
+        {**TOP_K, "matcher": "nearest", "merger": {"use": "values-only", "merger": 3}},
+        "merger.merger: must be a name or {use: NAME, field: value}, got 3",
+    ),
+    "part inside a part without use": (
+        {**TOP_K, "matcher": "nearest", "merger": {"use": "values-only", "merger": {"growth": 2}}},
+        "merger.merger: must be a name or {use: NAME, field: value}, got",
+    ),
+    "field of a part inside a part": (
+        {**TOP_K, "matcher": "nearest", "merger": {"use": "values-only", "merger": {"use": "mean", "floor": 2}}},
+        "merger.merger.floor: 'mean' has no field 'floor'.",
+    ),
+    "part inside a part that does not fit": (
+        {**TOP_K, "matcher": "nearest", "merger": {"use": "values-only", "merger": "drop"}},
+        "merger.merger: must be a merger that merges, and 'drop' does not",
+    ),
     "even kernel": (
         {"scorer": {"use": "window-attention", "kernel": 4}, "selector": "top-k"},
         "scorer.kernel: must be odd, so that the pooled score stays at its token, got 4",
@@ -272,3 +292,48 @@ def test_an_override_of_a_part_that_is_no_part_is_a_fault() -> None:
 def test_settings_that_would_fail_later_are_refused_now(change: dict[str, int]) -> None:
     with pytest.raises(kvcomp.ConfigError, match="must be"):
         kvcomp.strategy("flowmm", **change)
+
+
+def test_all_faults_of_a_part_inside_a_part_come_with_those_of_its_holder() -> None:
+    merger = {"use": "values-only", "mergr": 1, "merger": {"use": "values-only", "merger": {"use": "men"}, "x": 1}}
+    found = faults({**TOP_K, "matcher": "nearest", "merger": merger})
+    assert [fault.split(" ")[0] for fault in found] == [
+        "merger.merger.merger.use:",
+        "merger.merger.x:",
+        "merger.mergr:",
+    ]
+
+
+INSIDE = {**TOP_K, "matcher": "nearest", "merger": "values-only"}
+
+
+def test_a_part_inside_a_part_is_a_name_or_a_mapping() -> None:
+    by_name = kvcomp.strategy({**INSIDE, "merger": {"use": "values-only", "merger": "mean"}})
+    by_mapping = kvcomp.strategy({**INSIDE, "merger": {"use": "values-only", "merger": {"use": "mean"}}})
+    assert by_name.merger == by_mapping.merger
+    assert by_name.merger.merger.use == "mean"
+    assert kvcomp.strategy(by_name.dump()) == by_name
+
+
+def test_an_override_reaches_into_a_part_inside_a_part() -> None:
+    deep = {"use": "values-only", "merger": {"use": "values-only"}}
+    changed = kvcomp.strategy({**INSIDE, "merger": deep}, **{"merger.merger.merger": "mean"})
+    assert [part.use for part in changed.merger.family()] == ["values-only", "values-only", "mean"]
+    assert deep == {"use": "values-only", "merger": {"use": "values-only"}}
+
+
+def test_an_override_reaches_a_part_inside_a_part_that_the_file_leaves_to_its_default() -> None:
+    assert kvcomp.strategy(INSIDE, **{"merger.merger.use": "mean"}).merger.merger.use == "mean"
+
+
+@pytest.mark.parametrize("path", ["merger.merge.floor", "scorer.sinks.much"])
+def test_an_override_of_a_part_that_is_not_inside_is_a_fault(path: str) -> None:
+    name = path.partition(".")[2]
+    (fault,) = faults(INSIDE, **{path: 1})
+    assert fault.startswith(f"{path}: ")
+    assert f"has no field '{name}'" in fault
+
+
+def test_what_a_part_inside_a_part_needs_is_needed() -> None:
+    (fault,) = faults({**TOP_K, "merger": "values-only"})
+    assert fault == "merger: 'pivot-mean' needs edges, which no part of this pipeline provides"

@@ -4,7 +4,10 @@ import inspect
 
 import pytest
 import torch
+from kvcomp_strategies.mergers.mean import Mean
+from kvcomp_strategies.mergers.values_only import ValuesOnly
 from kvcomp_strategies.scorers.position import Position
+from kvcomp_strategies.scorers.received_attention import ReceivedAttention
 from pydantic import ValidationError
 
 import kvcomp
@@ -40,7 +43,7 @@ def test_a_part_refuses_unknown_fields_and_does_not_convert() -> None:
 
 
 def test_a_part_dumps_its_name_and_fields() -> None:
-    assert Position(sinks=2).dump() == {"use": "position", "sinks": 2}
+    assert Position(sinks=2).dump() == {"use": "position", "sinks": 2, "start": 0.0}
 
 
 def test_a_subclass_without_a_name_keeps_its_parents() -> None:
@@ -62,3 +65,28 @@ def test_every_method_of_an_interface_says_what_it_returns(kind: str) -> None:
     for name, method in inspect.getmembers(PART_KINDS[kind], inspect.isfunction):
         if method.__module__ == Part.__module__ and not name.startswith("_"):
             assert (method.__doc__ or "").startswith(("Return", "Hold", "Add")), name
+
+
+def test_a_part_knows_the_parts_inside_it() -> None:
+    deep = ValuesOnly(merger=ValuesOnly(merger=Mean()))
+    assert [part.use for part in deep.family()] == ["values-only", "values-only", "mean"]
+    assert deep.inner_parts() == (ValuesOnly(merger=Mean()),)
+    assert ValuesOnly.part_fields() == {"merger": kvcomp.Merger}
+    assert deep.gives() == {"merging"}
+    inside = {"use": "values-only", "merger": {"use": "mean"}}
+    assert deep.dump() == {"use": "values-only", "merger": inside}
+
+
+def test_a_part_observes_what_the_parts_inside_it_observe() -> None:
+    class Holder(kvcomp.Scorer, use="holder"):
+        """Holds a scorer."""
+
+        scorer: kvcomp.Scorer
+
+        def score(self, layer: kvcomp.LayerView, slots: torch.Tensor) -> torch.Tensor:
+            return self.scorer.score(layer, slots)
+
+    assert Holder(scorer=ReceivedAttention()).observations() == ReceivedAttention().observations()
+    assert Holder(scorer=Position()).observations() == ()
+    with pytest.raises(ValidationError, match="instance of Scorer"):
+        Holder(scorer=Mean())  # type: ignore[arg-type]

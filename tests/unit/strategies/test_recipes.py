@@ -11,6 +11,23 @@ PARTS = {
     "streaming-llm": ["uniform", "position", "uniform", "top-k", "none", "drop", "dense"],
     "h2o": ["uniform", "received-attention", "uniform", "top-k", "none", "drop", "dense"],
     "snapkv": ["uniform", "window-attention", "uniform", "top-k", "none", "drop", "dense"],
+    "tova": ["uniform", "last-query", "uniform", "top-k", "none", "drop", "dense"],
+    "pyramidkv": ["uniform", "window-attention", "pyramid", "top-k", "none", "drop", "dense"],
+    "ada-kv": ["uniform", "window-attention", "ada-heads", "top-k", "none", "drop", "dense"],
+    "vl-cache": ["uniform", "post-vision", "sparsity", "top-k", "none", "drop", "dense"],
+    "prefixkv": ["uniform", "received-attention", "prefix", "top-k", "none", "drop", "dense"],
+    "key-norm": ["uniform", "key-norm", "uniform", "top-k", "none", "drop", "dense"],
+    "keydiff": ["uniform", "key-diversity", "uniform", "top-k", "none", "drop", "dense"],
+    "fastv": ["uniform", "early-layer", "protected-first", "top-k", "none", "drop", "dense"],
+    "recency": ["uniform", "position", "uniform", "top-k", "none", "drop", "dense"],
+    "look-m": ["uniform", "text-first", "uniform", "top-k", "nearest", "pivot-mean", "dense"],
+    "look-m-mean": ["uniform", "text-first", "uniform", "top-k", "similarity-threshold", "mean", "dense"],
+    "look-m-weighted": ["uniform", "text-first", "uniform", "top-k", "similarity-threshold", "weighted", "dense"],
+    "look-m-evict": ["uniform", "text-first", "uniform", "top-k", "none", "drop", "dense"],
+    "d2o": ["uniform", "received-attention", "variance", "top-k", "similarity-threshold", "weighted", "dense"],
+    "meda": ["uniform", "text-first", "entropy", "top-k", "similarity-threshold", "mean", "dense"],
+    "kvmerge": ["uniform", "received-attention", "uniform", "adjacent-clusters", "same-cluster", "gaussian", "dense"],
+    "cam": ["uniform", "position", "uniform", "top-k", "following-window", "values-only", "dense"],
     "flowmm": ["flow-guided", "proxy-attention", "uniform", "top-k", "sensitivity-gated", "pivot-mean", "dense"],
     "flowmm-misaligned": [
         "misaligned",
@@ -32,7 +49,7 @@ def test_a_recipe_is_made_of_these_parts(recipe: str) -> None:
     strategy = kvcomp.strategy(recipe)
     assert [part.use for part in strategy.parts] == PARTS[recipe]
     assert strategy.name == recipe
-    assert strategy.budget == Budget.parse(1.0 if recipe == "full" else 0.2)
+    assert strategy.budget == Budget.parse({"full": 1.0, "fastv": 0.6}.get(recipe, 0.2))
 
 
 def test_the_defaults_of_the_card() -> None:
@@ -46,3 +63,21 @@ def test_the_defaults_of_the_card() -> None:
     assert (snapkv.window, snapkv.kernel) == (32, 5)
     assert (h2o.recent, h2o.normalize) == (0.5, "none")
     assert kvcomp.strategy("streaming-llm").scorer.sinks == 4
+
+
+def test_the_defaults_of_the_cards_of_merging_methods() -> None:
+    look_m, mean, weighted = (kvcomp.strategy(name) for name in ("look-m", "look-m-mean", "look-m-weighted"))
+    inside = look_m.scorer.scorer
+    assert (inside.use, inside.recent, inside.window, inside.sinks) == ("received-attention", 0.5, "open", 0)
+    assert not look_m.selector.overflow
+    assert mean.matcher.beta == weighted.matcher.beta == 1.0
+    assert weighted.merger.weighting == "cosine_mean"
+    d2o, kvmerge, cam = (kvcomp.strategy(name) for name in ("d2o", "kvmerge", "cam"))
+    assert (d2o.scorer.recent, d2o.scorer.sinks, d2o.scorer.window) == (0.5, 4, "open")
+    assert (d2o.matcher.beta, d2o.matcher.filter, d2o.merger.weighting) == (0.7, "head", "exp")
+    assert d2o.allocator.skip_layers == ()
+    assert kvcomp.strategy("meda").allocator.over == "all"
+    assert (kvmerge.scorer.recent, kvmerge.selector.sensitive, kvmerge.selector.mode) == (0.35, 0.25, "budget")
+    assert (kvmerge.merger.sigma, kvmerge.merger.value_scale) == ("distance", "none")
+    assert (cam.scorer.sinks, cam.scorer.start, cam.matcher.window, cam.matcher.seed) == (0, 0.5, 32, 0)
+    assert cam.merger.merger.use == "sum"

@@ -1,7 +1,7 @@
 """Windows of recent tokens, sums over rows, pooling."""
 
 import torch
-from kvcomp_strategies.windows import group_mean, last_tokens, pool_average, sum_last_rows
+from kvcomp_strategies.windows import group_mean, last_tokens, pool_average, pool_largest, share_of, sum_last_rows
 
 from kvcomp.testing import make_sample
 
@@ -45,3 +45,15 @@ def test_a_kernel_of_one_changes_nothing() -> None:
 def test_a_kernel_wider_than_the_prompt() -> None:
     scores = torch.tensor([[[6.0, 3.0]]])
     torch.testing.assert_close(pool_average(scores, scores > 0, 9), torch.tensor([[[4.5, 4.5]]]))
+
+
+def test_the_largest_of_eligible_neighbours() -> None:
+    scores = torch.tensor([[[6.0, -3.0, -5.0, -9.0, 100.0]]])
+    eligible = torch.tensor([[[True, True, True, True, False]]])
+    assert pool_largest(scores, eligible, 3).tolist() == [[[6.0, 6.0, -3.0, -5.0, 0.0]]]
+    assert pool_largest(scores, eligible, 9).tolist() == [[[6.0, 6.0, 6.0, 6.0, 0.0]]]
+
+
+def test_a_share_is_the_floor_of_the_decimal() -> None:
+    assert share_of(torch.tensor([10, 29, 30]), 0.1).tolist() == [1, 2, 3]
+    assert share_of(torch.tensor([10, 100]), 0.7).tolist() == [7, 70]

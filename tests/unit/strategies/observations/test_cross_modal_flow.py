@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from generators import rows_of
 from kvcomp_strategies.observations.cross_modal_flow import CrossModalFlow
 
 from kvcomp import AttentionBlock
@@ -59,7 +60,7 @@ def test_one_modality_has_no_flow() -> None:
 def test_padded_rows_that_are_short_enough_are_exact() -> None:
     """Rows of 8 and 3 queries, exact up to 4: two strata of the first, all of the second."""
     valid = torch.tensor([[True] * 8, [False] * 5 + [True] * 3])
-    rows = CrossModalFlow(exact=4, strata=2).rows(valid)
+    rows = rows_of(CrossModalFlow(exact=4, strata=2), valid)
     assert rows is not None
     first, second = rows.tolist()
     assert 0 <= first[0] < 4 <= first[1] < 8
@@ -70,7 +71,7 @@ def test_padded_rows_that_are_short_enough_are_exact() -> None:
 def test_sampled_rows_are_seeded_and_have_no_stride() -> None:
     """A fixed stride would alias with the period of the image layout."""
     valid = torch.ones(1, 4096, dtype=torch.bool)
-    one, again, other = (CrossModalFlow(seed=seed).rows(valid) for seed in (0, 0, 1))
+    one, again, other = (rows_of(CrossModalFlow(seed=seed), valid) for seed in (0, 0, 1))
     assert one is not None
     assert other is not None
     assert torch.equal(one, again)

@@ -1,6 +1,7 @@
 """Column sums."""
 
 import torch
+from generators import rows_of
 from kvcomp_strategies.observations.received_attention import ReceivedSums
 
 from kvcomp import AttentionBlock
@@ -26,5 +27,5 @@ def test_a_state_is_not_changed_by_the_next_block() -> None:
 
 
 def test_all_rows_are_needed_and_sums_are_carried_to_later_turns() -> None:
-    assert ReceivedSums().rows(torch.ones(1, 9, dtype=torch.bool)) is None
+    assert rows_of(ReceivedSums(), torch.ones(1, 9, dtype=torch.bool)) is None
     assert ReceivedSums.carried

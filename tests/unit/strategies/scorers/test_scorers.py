@@ -5,12 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 import oracles
+import oracles_evict
 import pytest
 import torch
+from kvcomp_strategies.scorers.early_layer import EarlyLayer
+from kvcomp_strategies.scorers.key_diversity import KeyDiversity
+from kvcomp_strategies.scorers.key_norm import KeyNorm
+from kvcomp_strategies.scorers.last_query import LastQuery
 from kvcomp_strategies.scorers.position import Position
+from kvcomp_strategies.scorers.post_vision import PostVision
 from kvcomp_strategies.scorers.proxy_attention import ProxyAttention
 from kvcomp_strategies.scorers.random import Random
 from kvcomp_strategies.scorers.received_attention import ReceivedAttention
+from kvcomp_strategies.scorers.text_first import TextFirst
 from kvcomp_strategies.scorers.window_attention import WindowAttention
 from torch import Tensor
 
@@ -56,6 +63,12 @@ PROTECTED = {
     "flowmm, a recent window": (ProxyAttention(proxies=1, recent=0.5), 9, 6, [6, 7, 8]),
     "flowmm, sinks": (ProxyAttention(sinks=2), 9, 2, [0, 1, 8]),
     "random": (Random(), 9, 4, []),
+    "tova": (LastQuery(), 9, 4, []),
+    "tova, as kvpress has it": (LastQuery(recent=1), 9, 4, [8]),
+    "vl-cache, a tenth": (PostVision(), 40, 29, [38, 39]),
+    "vl-cache, few slots": (PostVision(), 40, 9, []),
+    "prefixkv": (ReceivedAttention(recent=0.0, sinks=4, latest=1), 9, 7, [0, 1, 2, 3, 8]),
+    "key norm": (KeyNorm(), 9, 4, []),
 }
 
 
@@ -161,3 +174,98 @@ def test_random_goes_by_logical_position_so_padding_does_not_matter() -> None:
     padded, alone = make_sample(0, (5, 9)), make_sample(0, (5, 9)).alone(0)
     one, other = (Random().score(sample.view(), torch.tensor([2])) for sample in (padded, alone))
     assert torch.equal(one[0, :, 4:], other[0])
+
+
+def test_an_open_window_puts_recent_tokens_and_sinks_in_tiers_and_protects_nothing() -> None:
+    view = make_sample(0, (8,), kv_heads=1).view()
+    open_window = ReceivedAttention(recent=0.5, sinks=3, window="open")
+    assert open_window.protect(view, torch.tensor([4])) is None
+    assert open_window.tiers(view, torch.tensor([4])).tolist() == [[[3, 2, 1, 0, 0, 0, 4, 4]]]  # type: ignore[union-attr]
+    assert open_window.tiers(view, torch.tensor([1])).tolist() == [[[3, 2, 1, 0, 0, 0, 0, 0]]]  # type: ignore[union-attr]
+
+
+def test_a_locked_window_protects_recent_tokens_and_sinks_and_makes_no_tiers() -> None:
+    locked = ReceivedAttention(recent=0.5, sinks=2)
+    assert locked.tiers(make_sample(0, (8,)).view(), torch.tensor([4])) is None
+    assert protected(locked, 8, 4) == [0, 1, 6, 7]
+
+
+def test_tiers_follow_what_each_head_was_allotted() -> None:
+    view = make_sample(0, (8,), kv_heads=2).view()
+    tiers = ReceivedAttention(window="open").tiers(view, torch.tensor([[2, 6]]))
+    assert tiers.tolist() == [[[0, 0, 0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 1, 1, 1]]]  # type: ignore[union-attr]
+
+
+def test_text_comes_first_inside_each_tier_of_the_scorer_inside() -> None:
+    view = make_sample(0, (6,), kv_heads=1).view()
+    view = replace(view, modality=torch.tensor([[[0, 1, 2, 0, 3, 0]]], dtype=torch.int8))
+    plain = TextFirst(scorer=Random())
+    assert plain.tiers(view, torch.tensor([4])).tolist() == [[[1, 0, 0, 1, 0, 1]]]
+    assert torch.equal(plain.score(view, torch.tensor([4])), Random().score(view, torch.tensor([4])))
+    recent_first = TextFirst(scorer=ReceivedAttention(window="open"))
+    assert recent_first.tiers(view, torch.tensor([4])).tolist() == [[[1, 0, 0, 1, 2, 3]]]
+    assert recent_first.observations() == ReceivedAttention().observations()
+
+
+def test_text_first_protects_what_the_scorer_inside_protects() -> None:
+    assert protected(TextFirst(scorer=Position(sinks=2)), 9, 5) == [0, 1]
+
+
+def test_pads_are_in_no_tier() -> None:
+    view = make_sample(0, (3, 6)).view()
+    for scorer in (TextFirst(), ReceivedAttention(sinks=4, window="open")):
+        tiers = scorer.tiers(view, torch.tensor([2, 2]))
+        assert tiers is not None
+        assert bool((tiers[~view.valid] == 0).all())
+
+
+def test_the_last_query_speaks_for_all_heads_or_for_its_group() -> None:
+    sample = make_sample(1, (20,))
+    rows = [attention(sample, head) for head in (0, 1)]
+    for heads, groups in (("all", [rows[0] + rows[1]] * 2), ("group", rows)):
+        scorer = LastQuery(heads=heads)  # type: ignore[arg-type]
+        scores = scorer.score(seen_by(scorer, sample), torch.tensor([4]))
+        for head, group in enumerate(groups):
+            torch.testing.assert_close(scores[0, head].tolist(), oracles_evict.last_row(group), rtol=1e-4, atol=1e-6)
+
+
+def test_received_attention_can_be_the_same_for_all_heads() -> None:
+    sample = make_sample(1, (20,))
+    scorer = ReceivedAttention(heads="all")
+    scores = scorer.score(seen_by(scorer, sample), torch.tensor([4]))
+    assert torch.equal(scores[:, 0], scores[:, 1])
+    expected = oracles.h2o_scores(attention(sample, 0) + attention(sample, 1))
+    torch.testing.assert_close(scores[0, 0].tolist(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_votes_can_be_pooled_by_their_largest() -> None:
+    sample = make_sample(2, (30,), kv_heads=1, group=2)
+    scorer = WindowAttention(window=4, kernel=7, pooling="max")
+    scores = scorer.score(seen_by(scorer, sample), torch.tensor([12]))[0, 0]
+    expected, _ = oracles_evict.window_votes(attention(sample), 12, 4, 7, "max")
+    torch.testing.assert_close(scores.tolist(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_small_and_unusual_keys_score_high() -> None:
+    view = make_sample(0, (4,), kv_heads=1, head_dim=4).view()
+    keys = torch.tensor([[3.0, 4.0, 0.0, 0.0], [0.0] * 4, [6.0, 8.0, 0.0, 0.0], [0.0, 0.0, -2.0, 0.0]])
+    view = replace(view, keys=keys[None, None])
+    assert KeyNorm().score(view, torch.tensor([2]))[0, 0].tolist() == [-5.0, 0.0, -10.0, -2.0]
+    differences = KeyDiversity().score(view, torch.tensor([2]))[0, 0]
+    torch.testing.assert_close(differences.tolist(), oracles_evict.key_differences(keys), rtol=1e-5, atol=1e-6)
+    assert differences[1] == 0.0
+    assert int(differences.argmax()) == 1
+
+
+def test_padding_has_no_direction() -> None:
+    sample = make_sample(0, (5, 9))
+    padded, alone = (KeyDiversity().score(s.view(), torch.tensor([2])) for s in (sample, sample.alone(0)))
+    torch.testing.assert_close(padded[0, :, 4:], alone[0])
+
+
+FIXED = {WindowAttention(): True, ProxyAttention(): True, EarlyLayer(): True, PostVision(): False, Position(): False}
+
+
+@pytest.mark.parametrize("scorer", FIXED, ids=lambda s: s.use)
+def test_windows_that_vote_keep_their_size(scorer: Scorer) -> None:
+    assert scorer.protects_by_share == FIXED[scorer]

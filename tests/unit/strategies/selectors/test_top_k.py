@@ -79,3 +79,29 @@ def test_pads_are_never_kept_though_they_score_higher() -> None:
     scores = Scores(-torch.arange(5.0).expand(2, 1, 5), torch.zeros_like(view.valid))
     pivots = TopK().select(view, scores, torch.tensor([[2], [2]]))
     assert pivots.indices.tolist() == [[[2, 3]], [[0, 1]]]
+
+
+def test_a_higher_tier_comes_before_any_score() -> None:
+    values = torch.tensor([[[9.0, 8.0, 1e-30, 7.0, 0.0, 6.0]]])
+    tiers = torch.tensor([[[0, 0, 1, 0, 2, 0]]], dtype=torch.int16)
+    nobody = torch.zeros(1, 1, 6, dtype=torch.bool)
+    view = make_sample(0, (6,), kv_heads=1).view()
+    for count, expected in ((1, [4]), (2, [2, 4]), (3, [0, 2, 4])):
+        pivots = TopK().select(view, Scores(values, nobody, tiers), torch.tensor([[count]]))
+        assert pivots.indices.tolist() == [[expected]]
+    protected = nobody.index_fill(2, torch.tensor(5), True)
+    pivots = TopK().select(view, Scores(values, protected, tiers), torch.tensor([[2]]))
+    assert pivots.indices.tolist() == [[[4, 5]]]
+
+
+def test_overflow_keeps_every_token_above_the_lowest_tier() -> None:
+    view = make_sample(0, (6,), kv_heads=2).view()
+    tiers = torch.tensor([[[1, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0, 1]]], dtype=torch.int16)
+    scores = Scores(torch.arange(6.0).expand(1, 2, 6), torch.zeros(1, 2, 6, dtype=torch.bool), tiers)
+    pivots = TopK(overflow=True).select(view, scores, torch.tensor([[2, 2]]))
+    assert [
+        row[: int(mask.sum())] for row, mask in zip(pivots.indices[0].tolist(), pivots.filled()[0], strict=True)
+    ] == [
+        [0, 1, 2, 4],
+        [4, 5],
+    ]
