@@ -30,6 +30,14 @@ from kvcomp.lab.testbed import load_testbed
 
 BUDGETS = (0.05, 0.1, 0.2, 0.4, 0.6)
 METHODS = ("random", "recency", "streaming-llm", "h2o", "snapkv", "flowmm", "kvcomp-global", "oracle")
+CONTROLS = (
+    ("full", "1.0"),
+    ("no-context", "1.0"),
+    ("recency", "1t"),
+    ("recency", "32t"),
+    ("no-images", "text"),
+    ("random", "0.2"),
+)
 NO_IMAGES: dict[str, Any] = {
     "name": "no-images",
     "scorer": {"use": "text-first", "scorer": {"use": "position", "sinks": 0}},
@@ -139,14 +147,15 @@ def tables(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     tasks, modes = list(dict.fromkeys(row["task"] for row in rows)), [mode.value for mode in QueryMode]
 
     def shown(*key: str) -> str:
-        row = by_key.get(key)
-        return "" if row is None else f"{100 * row['exact_match']:.0f} ({100 * row['ci'][0]:.0f}-{100 * row['ci'][1]:.0f})"
+        if (row := by_key.get(key)) is None:
+            return ""
+        low, high = row["ci"]
+        return f"{100 * row['exact_match']:.0f} ({100 * low:.0f}-{100 * high:.0f})"
 
     yield "| task | full | no context | 1 slot | last 32 slots | without images | random at 0.2 |"
     yield "|---|---|---|---|---|---|---|"
     for task in tasks:
-        controls = [("full", "1.0"), ("no-context", "1.0"), ("recency", "1t"), ("recency", "32t"), ("no-images", "text")]
-        body = [shown(task, modes[0], *control) for control in (*controls, ("random", "0.2"))]
+        body = [shown(task, modes[0], *control) for control in CONTROLS]
         yield f"| `{task}` | {' | '.join(body)} |"
     for mode in modes:
         for task in tasks:
@@ -175,8 +184,9 @@ def main() -> None:
         print("\n".join(tables(read(options.files))))
         return
     torch.set_num_threads(1)
-    ids = [entry.value.id for entry in registry.entries("task") if entry.name.startswith("mini/") and not entry.value.hard]
-    measure(options.model, options.tasks or ids, options.samples, options.seed, options.out)
+    tasks = [entry.value for entry in registry.entries("task") if entry.name.startswith("mini/")]
+    ids = options.tasks or [task.id for task in tasks if not task.hard]
+    measure(options.model, ids, options.samples, options.seed, options.out)
 
 
 if __name__ == "__main__":

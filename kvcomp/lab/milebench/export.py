@@ -125,6 +125,7 @@ def _write(sample: Sample, number: int, instructions: int, folder: Path) -> dict
             "parts": parts,
             "evidence": [{"part": span.part, "start": span.start, "stop": span.stop} for span in sample.evidence],
             "slots": sample.slots,
+            "depth": sample.depth,
         },
         "response": sample.answer,
         "image_quantity_level": quantity_level(len(names)),

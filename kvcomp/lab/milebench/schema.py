@@ -2,7 +2,7 @@
 
 Keys that kvcomp does not read (`combined_1_images`, `images_number`, ...) are allowed. Four keys of a task instance and
 one of the meta data are kvcomp's own; the exporter writes them so that a sample comes back as it was, and MileBench's
-scripts do not look at them: `question`, `parts`, `evidence`, `slots`, and `metric`.
+scripts do not look at them: `question`, `parts`, `evidence`, `slots`, `depth`, and `metric`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from kvcomp.lab.scoring import SCORERS
 from kvcomp.lab.tasks import Span
@@ -81,6 +81,7 @@ class TaskInstance(Model):
         parts: the context without the question, part by part; an image is its placeholder.
         evidence: what of the parts the answer rests on.
         slots: the words of the answer that carry its information, by number.
+        depth: how deep the evidence stands in the context, from 0 to 1.
     """
 
     context: str
@@ -90,6 +91,7 @@ class TaskInstance(Model):
     parts: tuple[str, ...] | None = None
     evidence: tuple[Span, ...] = ()
     slots: tuple[int, ...] = ()
+    depth: Annotated[float, Field(ge=0, le=1)] | None = None
 
     @model_validator(mode="after")
     def _check_choices(self) -> TaskInstance:

@@ -99,7 +99,14 @@ class MileBenchTask(Task):
         annotation = item.annotation
         instance = annotation.task_instance
         context = tuple(_open_part(part, item) for part in instance.parts or ())
-        return Sample(context, instance.question or "", annotation.response, instance.evidence, instance.slots)
+        return Sample(
+            context,
+            instance.question or "",
+            annotation.response,
+            instance.evidence,
+            instance.slots,
+            instance.depth,
+        )
 
     def _as_shown(self, item: Item) -> Sample:
         prompt = self.prompt(item)
