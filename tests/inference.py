@@ -54,6 +54,11 @@ def left_padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def kept(cache: kvcomp.CompressedCache) -> torch.Tensor:
+    """Return how many slots each head holds, `(layers, batch, kv_heads)`."""
+    return torch.stack([(layer.indices >= 0).sum(dim=-1) for layer in cache.layers])
+
+
 def quiet_prefill(
     model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], recipe: Any, budget: Any
 ) -> kvcomp.CompressedCache:
