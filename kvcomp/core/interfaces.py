@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from kvcomp.core.packed import PackedSlots
 from kvcomp.core.types import Assignment, AttentionBlock, LayerPlan, LayerView, Pivots, Scores
 
 
@@ -252,6 +253,12 @@ class SlotStorage(ABC):
     @abstractmethod
     def move(self, device: torch.device) -> None:
         """Hold the slots on a device."""
+
+    def packed(self) -> PackedSlots | None:
+        """Return the slots as they lie in memory where heads hold different numbers and `read` would copy them; None
+        where attention is to run over what `read` returns.
+        """
+        return None
 
     @abstractmethod
     def nbytes(self) -> int:

@@ -80,7 +80,9 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         self.take_form(key_states, value_states)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take in new tokens, `(batch, kv_heads, tokens, head_dim)`, and return keys and values of all slots."""
+        """Take in new tokens, `(batch, kv_heads, tokens, head_dim)`, and return keys and values of all slots; only the
+        new ones where the slots are packed.
+        """
         self.request.check_in_use()
         if key_states.requires_grad and torch.is_grad_enabled():
             raise UnsupportedUseError(
@@ -103,7 +105,8 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
             self.arrived = new
         else:
             self.tail += 1
-        keys, values = self.storage.read()
+        # The attention function goes to the storage itself where heads are packed.
+        keys, values = (key_states, value_states) if self.storage.packed() else self.storage.read()
         keys = keys[:]  # a fresh view: on a stored tensor the attribute would make a reference cycle
         setattr(keys, LAYER_ATTRIBUTE, self)
         return keys, values
@@ -166,18 +169,29 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
 
     # --- what the attention function asks ---
 
-    def slot_mask(self, mask: Tensor | None, queries: Tensor) -> Tensor | None:
-        """Return the mask over this layer's slots, given transformers' mask over columns."""
-        mass = self.request.strategy.mass_preserving
+    def only_causal(self, mask: Tensor | None) -> bool:
+        """Return whether a query sees every slot before it and nothing weighs them, given transformers' mask."""
+        return mask is None and not self.holds_padding and not self.request.strategy.mass_preserving
+
+    def slot_mask(self, mask: Tensor | None, queries: Tensor, packed: bool) -> Tensor | None:
+        """Return the mask over this layer's slots, `(batch, heads, queries, slots)`; None for no mask at all.
+
+        Args:
+            mask: transformers' mask over columns.
+            queries: `(batch, heads, queries, head_dim)`.
+            packed: each head's attention sees its own slots only, so that empty slots of others need no mask.
+        """
         if not self.trimmed:
             return mask
         assert self.table is not None
         new = queries.shape[2]
-        if mask is None and new == 1 and self.table.mask is None and not mass:
-            return None  # one query, which sees every slot
+        if new == 1 and self.only_causal(mask) and (packed or self.table.mask is None):
+            return None
         table, group = self.whole_table(), queries.shape[1] // self.table.indices.shape[1]
         slot_mask = over_slots(mask, table, new, self.seen - new, group)
-        return with_mass(slot_mask, table.counts, group, queries.dtype) if mass else slot_mask
+        if not self.request.strategy.mass_preserving:
+            return slot_mask
+        return with_mass(slot_mask, table.counts, group, queries.dtype)
 
     def attended(self, queries: Tensor, mask: Tensor | None, slot_mask: Tensor | None, logits: Logits) -> None:
         """Take note of what the attention saw of the tokens that just arrived, then compress, unless that is
@@ -231,7 +245,7 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         self.table = SlotTable.of(layer, plan.pivots.gather(self.table.columns) if padded else None)
         self.storage.replace(layer.keys, layer.values, layer.mask)
         self._carry(view, plan.pivots)
-        self.rho, self.trimmed = plan.rho, True
+        self.rho, self.trimmed, self.holds_padding = plan.rho, True, False
         self.memory = plan.assignment.memory
         self._view = self._scores = None
         self.seconds += time.perf_counter() - started

@@ -23,6 +23,7 @@ STATE = (
     "tail",
     "seen",
     "trimmed",
+    "holds_padding",
     "rho",
     "seconds",
     "forwards",

@@ -36,6 +36,7 @@ class LayerState:
         self.seen = 0  # columns, padding counted
         self.arrived = 0  # tokens of this forward that the attention function has not seen yet
         self.trimmed = False  # slots are no longer columns
+        self.holds_padding = False  # some slot of the storage is that of a padding token
         self.carried: Mapping[Observation, Tensor] = {}  # (batch, heads, slots) each, of the slots in the table
         self.memory: Tensor | None = None  # (batch, ...), what the matcher left at the last compression
 
@@ -134,6 +135,7 @@ class LayerState:
         self.tokens = before + (self.arrived if valid is None else valid.sum(dim=1).cpu())
         self.next_positions = None if positions is None else positions_after(positions, batch)
         self.tail = self.arrived = 0
+        self.holds_padding |= valid is not None
 
     def keep_slots(self, stays: Tensor) -> None:
         """Hold the slots that stay, `(batch, kv_heads, slots)` of all slots, and nothing else."""
@@ -142,6 +144,7 @@ class LayerState:
         order = (~stays).to(torch.uint8).argsort(dim=-1, stable=True)[..., :slots]
         kept, filled = Pivots(order), stays.gather(2, order)
         full = bool(filled.all())
+        self.holds_padding = bool((stays & ~table.valid).any())
         keys, values = self.storage.read()
         self.storage.replace(kept.gather(keys), kept.gather(values), None if full else filled)
         table = table.map(kept.gather)
