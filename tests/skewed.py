@@ -1,4 +1,4 @@
-"""An allocator of the tests: heads and rows that keep very different numbers of slots, and exactly the budget together."""
+"""An allocator of the tests: heads that keep very different numbers of slots, and together exactly the budget."""
 
 from __future__ import annotations
 

@@ -66,12 +66,12 @@ class PackedSlots:
     layout: PackedLayout
     appended: int
 
-    def spans(self) -> list[tuple[int, int]]:
-        """Return place and number of the filled slots of each sequence."""
-        return [
-            (start, length + self.appended)
-            for start, length in zip(self.layout.starts, self.layout.lengths, strict=True)
-        ]
+    def sequences(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Return keys and values of each sequence, views `(1, 1, slots, head_dim)`."""
+        free = self.layout.room - self.appended
+        sizes = [size for length in self.layout.lengths for size in (length + self.appended, free)]
+        keys, values = self.keys[None, None], self.values[None, None]
+        return torch.split_with_sizes(keys, sizes, dim=2)[::2], torch.split_with_sizes(values, sizes, dim=2)[::2]
 
 
 def runs(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> Tensor:

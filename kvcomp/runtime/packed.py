@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -58,18 +58,12 @@ def attend_packed(
     return _joined(outputs, query), None
 
 
-def _heads(query: Tensor, slots: PackedSlots) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def _heads(query: Tensor, slots: PackedSlots) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
     """Return queries `(1, 1, group * queries, head_dim)`, keys and values `(1, 1, slots, head_dim)` of each (row, KV
     head).
     """
-    spans = slots.spans()
-    rows = query.reshape(len(spans), 1, 1, -1, query.shape[3]).unbind()
-    keys, values = slots.keys[None, None], slots.values[None, None]
-    return (
-        list(rows),
-        [keys[:, :, start : start + length] for start, length in spans],
-        [values[:, :, start : start + length] for start, length in spans],
-    )
+    rows = query.reshape(len(slots.layout.lengths), 1, 1, -1, query.shape[3]).unbind()
+    return rows, *slots.sequences()
 
 
 def _head_masks(mask: Tensor | None, slots: PackedSlots) -> list[Tensor | None]:

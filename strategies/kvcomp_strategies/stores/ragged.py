@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from pydantic import Field
@@ -62,13 +62,7 @@ class PackedBuffers(Buffers):
         """Return the buffers on a device; themselves where they are there."""
         if self.keys.device == device:
             return self
-        layout = PackedLayout.of(
-            self.layout.lengths,
-            kv_heads=self.layout.kv_heads,
-            width=self.layout.width,
-            room=self.layout.room,
-            device=device,
-        )
+        layout = replace(self.layout, ends=self.layout.ends.to(device))
         return PackedBuffers(self.keys.to(device), self.values.to(device), layout)
 
     def write(self, filled: int, keys: Tensor, values: Tensor) -> None:
