@@ -101,7 +101,7 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
             self.lazy_initialization(key_states, value_states)
         self.storage.append(key_states, value_states)
         self.seen += new
-        if new > 1 or self.table is None:
+        if new > 1 or self.held_table is None:
             self.arrived = new
         else:
             self.tail += 1
@@ -153,10 +153,11 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         removed, upcoming = self.seen - target, self.upcoming_positions()
         before = table.columns < target
         self.keep_slots(before & table.valid if self.trimmed else before)
-        assert self.table is not None
+        kept = self.table
+        assert kept is not None
         self.tokens = self.tokens + self.tail - removed
         if upcoming is not None:
-            self.next_positions = upcoming - removed if removed <= self.tail else self.table.positions_at(target)
+            self.next_positions = upcoming - removed if removed <= self.tail else kept.positions_at(target)
         self.tail, self.seen = 0, target
 
     def offload(self) -> None:
@@ -183,11 +184,11 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         """
         if not self.trimmed:
             return mask
-        assert self.table is not None
+        assert self.held_table is not None
         new = queries.shape[2]
-        if new == 1 and self.only_causal(mask) and (packed or self.table.mask is None):
+        if new == 1 and self.only_causal(mask) and (packed or self.held_table.mask is None):
             return None
-        table, group = self.whole_table(), queries.shape[1] // self.table.indices.shape[1]
+        table, group = self.whole_table(), queries.shape[1] // self.kv_heads
         slot_mask = over_slots(mask, table, new, self.seen - new, group)
         if not self.request.strategy.mass_preserving:
             return slot_mask
@@ -210,7 +211,6 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
     def prepare(self) -> tuple[LayerView, Scores] | None:
         """Return the view and the scores to allocate by, None where nothing is to be trimmed."""
         started = time.perf_counter()
-        assert self.table is not None
         strategy = self.request.strategy
         prepared = None
         if strategy.turns == "append" and self.compressions:
@@ -231,35 +231,32 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         layer.
         """
         started = time.perf_counter()
-        assert self.table is not None
-        assert self._view is not None
+        table, view = self.table, self._view
+        assert table is not None
+        assert view is not None
         assert self._scores is not None
-        strategy, view = self.request.strategy, self._view
+        strategy = self.request.strategy
         if slots is None:
             slots = strategy.allocate(self.share(), [view], [self._scores])[0]
         plan = strategy.plan(view, slots, self._scores)
         layer = strategy.apply(view, plan)
         assert plan.pivots is not None
         assert plan.assignment is not None
-        padded = self.table.columns is not self.table.indices
-        self.table = SlotTable.of(layer, plan.pivots.gather(self.table.columns) if padded else None)
-        self.storage.replace(layer.keys, layer.values, layer.mask)
-        self._carry(view, plan.pivots)
         self.rho, self.trimmed, self.holds_padding = plan.rho, True, False
         self.memory = plan.assignment.memory
+        padded = table.columns is not table.indices
+        self.table = SlotTable.of(layer, plan.pivots.gather(table.columns) if padded else None)
+        self.storage.replace(layer.keys, layer.values, layer.mask)
+        self._carry(view, plan.pivots)
         self._view = self._scores = None
         self.seconds += time.perf_counter() - started
 
-    def all_slots(self) -> SlotTable | None:
-        """Return the table of all slots, the tail included; None before the first token."""
-        return None if self.table is None else self.whole_table()
-
     def _everything_fits(self) -> bool:
         """Return whether every row may keep all it holds, and holds no padding."""
-        assert self.table is not None
         if self.request.strategy.selector is None:
             return True
-        return not self.trimmed and self.table.mask is None and bool((self.share() >= self.tokens).all())
+        assert self.held_table is not None
+        return not self.trimmed and self.held_table.mask is None and bool((self.share() >= self.tokens).all())
 
     def share(self) -> Tensor:
         """Return the uniform share of the budget, `(batch,)` on the CPU: of all tokens seen."""
@@ -281,9 +278,9 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         self.carried = {seen: view.observations[seen] for seen in later}
 
     def _make_view(self, observations: tuple[Observation, ...]) -> LayerView:
-        assert self.table is not None
-        keys, values = self.storage.read()
         table = self.table
+        assert table is not None
+        keys, values = self.storage.read()
         seen = observe_forwards(self.forwards, keys, table, observations)
         for observation, sums in self.carried.items():
             if observation in seen:

@@ -17,7 +17,7 @@ STATE = (
     "device",
     "kv_heads",
     "slot_bytes",
-    "table",
+    "held_table",
     "tokens",
     "next_positions",
     "tail",

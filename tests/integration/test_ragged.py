@@ -318,3 +318,24 @@ def test_attention_weights_lie_on_the_slots_that_they_belong_to():
     for mine, reference in zip(*weights, strict=True):
         assert mine.shape == reference.shape
         assert torch.allclose(mine, reference, atol=1e-5)
+
+
+def test_bookkeeping_of_heads_that_differ_is_at_most_five_percent():
+    config = tiny_llama().config
+    config.head_dim = 128
+    torch.manual_seed(0)
+    model = type(tiny_llama())(config).to(torch.bfloat16).eval()
+    with kvcomp.compress(model, skewed("flowmm", 0.2)) as cache, torch.no_grad():
+        model(**text_inputs(400), past_key_values=cache)
+    report = cache.report()
+    assert report.bookkeeping_bytes <= 0.05 * report.allocated_bytes
+    assert report.bookkeeping_bytes == _bytes_of(cache)
+    held = (cache.layers[0].indices >= 0).sum(dim=-1)
+    assert int(held.max()) >= 1.7 * held.double().mean()
+
+
+def _bytes_of(cache):
+    """What the tables take, by hand: index, count, modality and position of every slot, and a mask as wide as any."""
+    slots = sum(int((layer.indices >= 0).sum()) for layer in cache.layers)
+    masks = sum(layer.indices.numel() for layer in cache.layers)
+    return slots * (4 + 4 + 1 + 4) + masks + 3 * (8 + 4)  # and of each layer the number of tokens and rho

@@ -126,4 +126,6 @@ class DenseMachine(StorageMachine):
 
 TestRagged = StorageMachine.TestCase
 TestDense = DenseMachine.TestCase
-TestRagged.settings = TestDense.settings = settings(max_examples=40, stateful_step_count=25)
+TestRagged.settings = TestDense.settings = settings(
+    max_examples=max(15, settings.default.max_examples), stateful_step_count=20
+)
