@@ -27,7 +27,9 @@ from torch import Tensor
 
 from kvcomp.core.packed import PackedSlots
 from kvcomp.runtime.forward import Logits
+from kvcomp.runtime.masks import over_slots
 from kvcomp.runtime.packed import attend_packed
+from kvcomp.runtime.slots import SlotTable, new_tokens
 
 HEADS, GROUP, HEAD_DIM = 8, 4, 128
 PADDED, PACKED, UNIFORM = "padded with a mask", "packed", "uniform, as many slots in all"
@@ -70,7 +72,7 @@ def steps(stores: dict[str, BufferedStorage], lengths: Tensor, dtype: torch.dtyp
     def packed() -> Tensor:
         slots = stores[PACKED].packed()
         assert isinstance(slots, PackedSlots)
-        return attend_packed("sdpa", query, slots, None, Logits(HEAD_DIM**-0.5))[0]
+        return attend_packed("sdpa", query, slots, [None] * HEADS, Logits(HEAD_DIM**-0.5))[0]
 
     return {PADDED: lambda: over(PADDED, rows), PACKED: packed, UNIFORM: lambda: over(UNIFORM, None)}
 
@@ -83,6 +85,20 @@ def appends(stores: dict[str, BufferedStorage], dtype: torch.dtype) -> dict[str,
         store.append(token, token)
 
     return {name: lambda store=store: append(store) for name, store in stores.items()}  # type: ignore[misc]
+
+
+def mask_making(lengths: Tensor) -> Callable[[], Tensor | None]:
+    """Return what the padded case does before each attention call: the mask over its slots, from their table."""
+    held = (torch.arange(int(lengths.max())) < lengths[:, None])[None]
+    entries = torch.arange(held.shape[2], dtype=torch.int32).expand(held.shape).contiguous()
+    table = SlotTable(entries, entries, torch.ones(held.shape), entries.to(torch.int8), entries[None], held)
+    seen = held.shape[2]
+
+    def make() -> Tensor | None:
+        token = new_tokens((1, HEADS, 1), seen, torch.tensor([seen]), device=torch.device("cpu"))
+        return over_slots(None, table.extend(token), 1, seen, GROUP)
+
+    return make
 
 
 def medians(cases: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -111,6 +127,7 @@ def measure(shortest: int, longest: int, dtype: torch.dtype, repeats: int) -> di
         "dtype": str(dtype),
         "attention_ms": {name: round(value * 1e3, 4) for name, value in attention.items()},
         "append_ms": {name: round(value * 1e3, 4) for name, value in appended.items()},
+        "mask_ms": round(medians({"mask": mask_making(lengths)}, repeats)["mask"] * 1e3, 4),
         "packed_to_padded": round(attention[PACKED] / attention[PADDED], 3),
         "packed_to_uniform": round(attention[PACKED] / attention[UNIFORM], 3),
         "bytes": {name: store.nbytes() for name, store in stores.items()},

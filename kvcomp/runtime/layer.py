@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,11 +12,12 @@ from transformers.cache_utils import DynamicLayer
 
 from kvcomp.core.errors import UnsupportedUseError
 from kvcomp.core.interfaces import Observation
+from kvcomp.core.packed import PackedSlots
 from kvcomp.core.strategy import Strategy
 from kvcomp.core.types import LayerView, Pivots, Scores
 from kvcomp.runtime.forward import Forward, Logits, observe_forwards
-from kvcomp.runtime.masks import over_slots, row_validity, with_mass
-from kvcomp.runtime.slots import SlotTable, gather_heads, padded
+from kvcomp.runtime.masks import over_sequences, over_slots, row_validity, with_mass
+from kvcomp.runtime.slots import PackedTable, SlotTable, gather_heads, padded
 from kvcomp.runtime.state import LayerState
 
 LAYER_ATTRIBUTE = "kvcomp_layer"  # how the attention function finds the layer that its keys came from
@@ -174,25 +176,39 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         """Return whether a query sees every slot before it and nothing weighs them, given transformers' mask."""
         return mask is None and not self.holds_padding and not self.request.strategy.mass_preserving
 
-    def slot_mask(self, mask: Tensor | None, queries: Tensor, packed: bool) -> Tensor | None:
+    def slot_mask(self, mask: Tensor | None, queries: Tensor) -> Tensor | None:
         """Return the mask over this layer's slots, `(batch, heads, queries, slots)`; None for no mask at all.
 
         Args:
             mask: transformers' mask over columns.
             queries: `(batch, heads, queries, head_dim)`.
-            packed: each head's attention sees its own slots only, so that empty slots of others need no mask.
         """
         if not self.trimmed:
             return mask
         assert self.held_table is not None
         new = queries.shape[2]
-        if new == 1 and self.only_causal(mask) and (packed or self.held_table.mask is None):
+        if new == 1 and self.only_causal(mask) and self.held_table.mask is None:
             return None
         table, group = self.whole_table(), queries.shape[1] // self.kv_heads
         slot_mask = over_slots(mask, table, new, self.seen - new, group)
         if not self.request.strategy.mass_preserving:
             return slot_mask
         return with_mass(slot_mask, table.counts, group, queries.dtype)
+
+    def head_masks(self, mask: Tensor | None, slots: PackedSlots, query: Tensor) -> Sequence[Tensor | None]:
+        """Return the mask of one query over the own slots of each (row, KV head), `(1, 1, 1, slots)`, None for none.
+
+        Args:
+            mask: transformers' mask over columns.
+            slots: of this layer, none of them padding.
+            query: `(batch, heads, 1, head_dim)`.
+        """
+        if self.only_causal(mask):
+            return [None] * len(slots.layout.lengths)
+        assert isinstance(self.held_table, PackedTable)
+        table, sizes = self.held_table, [length + slots.appended - self.tail for length in slots.layout.lengths]
+        counts = table.counts if self.request.strategy.mass_preserving else None
+        return over_sequences(mask, table.columns, counts, sizes, slots.layout.kv_heads, self.tail, query.dtype)
 
     def attended(self, queries: Tensor, mask: Tensor | None, slot_mask: Tensor | None, logits: Logits) -> None:
         """Take note of what the attention saw of the tokens that just arrived, then compress, unless that is

@@ -34,7 +34,12 @@ def can_attend(base: str, query: Tensor, slots: PackedSlots, causal: bool) -> bo
 
 
 def attend_packed(
-    base: str, query: Tensor, slots: PackedSlots, mask: Tensor | None, logits: Logits, dropout: float = 0.0
+    base: str,
+    query: Tensor,
+    slots: PackedSlots,
+    masks: Sequence[Tensor | None],
+    logits: Logits,
+    dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the attention output `(batch, queries, heads, head_dim)`, and for `eager` the weights.
 
@@ -42,15 +47,16 @@ def attend_packed(
         base: `sdpa`, which knows neither softcap nor sinks, as transformers' own; or `eager`.
         query: `(batch, heads, queries, head_dim)`, after rotary embedding.
         slots: what the layer holds, the new tokens last.
-        mask: over slots, `(batch, heads, queries, slots)`, bool or additive; None where every query sees every slot.
+        masks: of each (row, KV head) over its own slots, `(1, 1, group * queries or 1, slots)`, bool or additive; None
+            where every query sees every slot. Variable-length attention needs none.
         logits: how logits are made.
         dropout: probability that a weight is dropped.
     """
     if base == "eager":
-        return _eager(query, slots, mask, logits, dropout)
+        return _eager(query, slots, masks, logits, dropout)
     if query.device.type != "cpu":
         return _varlen(query, slots, logits.scaling), None
-    heads = zip(*_heads(query, slots), _head_masks(mask, slots), strict=True)
+    heads = zip(*_heads(query, slots), masks, strict=True)
     outputs = [
         F.scaled_dot_product_attention(own, keys, values, allowed, dropout, scale=logits.scaling)
         for own, keys, values, allowed in heads
@@ -66,11 +72,14 @@ def _heads(query: Tensor, slots: PackedSlots) -> tuple[Sequence[Tensor], Sequenc
     return rows, *slots.sequences()
 
 
-def _head_masks(mask: Tensor | None, slots: PackedSlots) -> list[Tensor | None]:
-    """Return the mask of each (row, KV head) over its own slots, `(1, 1, group * queries, slots)`."""
+def own_slots(mask: Tensor, slots: PackedSlots) -> list[Tensor]:
+    """Return the mask of each (row, KV head) over its own slots, `(1, 1, group * queries, slots)`.
+
+    Args:
+        mask: over the slots of all heads, `(batch, heads, queries, slots)`, empty ones included.
+        slots: what the layer holds.
+    """
     lengths, width = slots.layout.lengths, slots.layout.width
-    if mask is None:
-        return [None] * len(lengths)
     rows = mask.reshape(len(lengths), 1, 1, -1, mask.shape[3]).unbind()
     return [
         row if length == width else torch.cat([row[..., :length], row[..., width:]], dim=-1)
@@ -88,12 +97,12 @@ def _joined(outputs: list[Tensor], query: Tensor) -> Tensor:
 
 
 def _eager(
-    query: Tensor, slots: PackedSlots, mask: Tensor | None, logits: Logits, dropout: float
+    query: Tensor, slots: PackedSlots, masks: Sequence[Tensor | None], logits: Logits, dropout: float
 ) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _ = query.shape
     sinks = _sinks(query, slots, logits)
     outputs, weights = [], []
-    parts = zip(*_heads(query, slots), _head_masks(mask, slots), sinks, slots.layout.lengths, strict=True)
+    parts = zip(*_heads(query, slots), masks, sinks, slots.layout.lengths, strict=True)
     for own, keys, values, allowed, sink, length in parts:
         probs = F.dropout(_probabilities(own, keys, allowed, sink, logits), dropout).to(query.dtype)
         outputs.append(probs @ values)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from inference import generate, generate_compressed, generate_stock, left_padded
+from inference import COMPRESSING, generate, generate_compressed, generate_stock, left_padded
 from models import TEXT, image_inputs, text_inputs, tiny_llama, tiny_qwen3, tiny_qwen_vl
 from skewed import Skewed, skewed
 from transformers import Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM, PreTrainedModel
@@ -25,9 +25,6 @@ def allocator() -> Iterator[None]:
     registry.register(plugin, name="skewed", package="kvcomp-tests")
     yield
     registry.unregister("skewed")
-
-
-RECIPES = ("flowmm", "snapkv", "h2o")
 
 
 def tiny_gemma2() -> PreTrainedModel:
@@ -95,10 +92,18 @@ def test_packed_heads_answer_as_padded_ones(family, mass_preserving):
     build, attention, inputs = MODELS[family]
     model = build()
     model.set_attn_implementation(attention)
-    for recipe in RECIPES:
+    for recipe in ("flowmm", "snapkv", "h2o"):
         mine, reference = both(model, inputs, recipe, mass_preserving=mass_preserving)
         assert_same_answer(mine[0], reference[0])
         assert_same_slots(mine[1], reference[1])
+
+
+@pytest.mark.parametrize("recipe", COMPRESSING)
+def test_every_recipe_can_pack_its_heads(recipe):
+    model, inputs = tiny_llama(), text_inputs(70)
+    mine, reference = both(model, inputs, recipe, new=4)
+    assert_same_answer(mine[0], reference[0])
+    assert_same_slots(mine[1], reference[1])
 
 
 def test_softcap_and_sinks_matter_to_what_is_compared():
@@ -165,10 +170,12 @@ def test_a_later_turn_without_padding_needs_no_mask_to_decode():
             first = generate(model, inputs, cache, 4).sequences
             turn = {"input_ids": torch.cat([first, torch.tensor([[7, 8, 9]])], dim=1)}
             answers.append(generate(model, turn, cache, 6))
-    layer = cache.layers[0]
-    assert layer.only_causal(None)
-    assert layer.slot_mask(None, torch.zeros(1, 4, 1, 16), packed=True) is None
-    assert layer.slot_mask(None, torch.zeros(1, 4, 1, 16), packed=False) is not None
+        layer, query = cache.layers[0], torch.zeros(1, 4, 1, 16)
+        assert layer.only_causal(None)
+        if store == "ragged":
+            assert layer.head_masks(None, layer.storage.packed(), query) == [None, None]
+        else:
+            assert layer.slot_mask(None, query) is not None
     assert_same_answer(*answers)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from kvcomp.core.packed import PackedSlots
 from kvcomp.runtime import packed
 from kvcomp.runtime.forward import Logits
-from kvcomp.runtime.packed import attend_packed, can_attend
+from kvcomp.runtime.packed import attend_packed, can_attend, own_slots
 
 LENGTHS, HEADS, GROUP, HEAD_DIM = [[5, 2], [1, 4]], 4, 2, 8
 
@@ -76,13 +77,17 @@ def masks_of(kind: str, tokens: int, slots: PackedSlots) -> Tensor | None:
     return mask
 
 
+def sliced(mask: Tensor | None, slots: PackedSlots) -> Sequence[Tensor | None]:
+    return [None] * len(slots.layout.lengths) if mask is None else own_slots(mask, slots)
+
+
 @pytest.mark.parametrize("kind", ["none", "bool", "bias"])
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("base", ["sdpa", "eager"])
 def test_each_head_attends_to_its_own_slots(base: str, tokens: int, kind: str) -> None:
     slots, query, logits = slots_of(3), queries_of(tokens), Logits(0.4)
     mask = masks_of(kind, tokens, slots)
-    output, _ = attend_packed(base, query, slots, mask, logits)
+    output, _ = attend_packed(base, query, slots, sliced(mask, slots), logits)
     assert output.is_contiguous()
     assert torch.allclose(output.double(), naive(query, slots, mask, logits), atol=1e-6)
 
@@ -92,7 +97,7 @@ def test_each_head_attends_to_its_own_slots(base: str, tokens: int, kind: str) -
 def test_eager_knows_softcap_and_sinks(tokens: int, logits: Logits) -> None:
     slots, query = slots_of(2), queries_of(tokens)
     mask = masks_of("bias", tokens, slots)
-    output, weights = attend_packed("eager", query, slots, mask, logits)
+    output, weights = attend_packed("eager", query, slots, sliced(mask, slots), logits)
     assert torch.allclose(output.double(), naive(query, slots, mask, logits), atol=1e-6)
     assert weights is not None
     assert weights.shape == (2, HEADS, tokens, 7)
@@ -104,7 +109,7 @@ def test_eager_knows_softcap_and_sinks(tokens: int, logits: Logits) -> None:
 def test_half_precision_stays_half() -> None:
     slots, query = slots_of(2, torch.bfloat16), queries_of(1, torch.bfloat16)
     for base in ("sdpa", "eager"):
-        output, _ = attend_packed(base, query, slots, None, Logits(0.4))
+        output, _ = attend_packed(base, query, slots, [None] * 4, Logits(0.4))
         assert output.dtype == torch.bfloat16
         assert torch.allclose(output.double(), naive(query, slots, None, Logits(0.4)), atol=0.03)
 
@@ -112,7 +117,7 @@ def test_half_precision_stays_half() -> None:
 def test_dropout_drops() -> None:
     slots, query = slots_of(2), queries_of(1)
     for base in ("sdpa", "eager"):
-        assert (attend_packed(base, query, slots, None, Logits(0.4), dropout=1.0)[0] == 0).all()
+        assert (attend_packed(base, query, slots, [None] * 4, Logits(0.4), dropout=1.0)[0] == 0).all()
 
 
 # --- variable-length attention, its kernel played by a loop ---
@@ -181,5 +186,5 @@ def test_the_kernel_itself_agrees(tokens: int) -> None:
     causal = torch.ones(2, HEADS, tokens, 8, dtype=torch.bool).tril(8 - tokens)
     there, moved = query.cuda(), slots_of(3, torch.bfloat16, "cuda")
     assert can_attend("sdpa", there, moved, causal=True)
-    output, _ = attend_packed("sdpa", there, moved, None, Logits(0.4))
+    output, _ = attend_packed("sdpa", there, moved, [None] * 4, Logits(0.4))
     assert torch.allclose(output.cpu().double(), naive(query, slots, causal, Logits(0.4)), atol=0.03)
