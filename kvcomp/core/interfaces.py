@@ -262,7 +262,7 @@ class SlotStorage(ABC):
 
     @abstractmethod
     def nbytes(self) -> int:
-        """Return the bytes of all storages held, filled or not, read from the storages."""
+        """Return the bytes of all storages of keys and values held, filled or not, read from the storages."""
 
     @abstractmethod
     def snapshot(self) -> Any:

@@ -89,6 +89,7 @@ class LayerState:
         """Return every tensor that the layer keeps beside keys and values."""
         tensors = [] if self.held_table is None else list(self.held_table.tensors())
         tensors += [tensor for tensor in (self.tokens, self.next_positions, self.memory) if tensor is not None]
+        tensors += [packed.layout.ends] if (packed := self.storage.packed()) else []
         return [*tensors, *self.carried.values()]
 
     def whole_table(self, arrived: bool = True) -> SlotTable:

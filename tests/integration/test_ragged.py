@@ -216,7 +216,7 @@ def test_heads_that_differ_take_the_bytes_of_what_they_hold(inputs):
     tokens = inputs["attention_mask"].sum(dim=1)
     budget = sum(int(count) // 5 for count in tokens) * 3 * 2 * 2 * 16 * 4  # layers, heads, keys and values, float32
     assert reports["ragged"].allocated_bytes == reports["dense"].allocated_bytes == budget
-    assert reports["ragged"].allocated_bytes + reports["ragged"].reserved_bytes <= 1.02 * budget
+    assert reports["ragged"].reserved_bytes == 0
     assert reports["dense"].reserved_bytes >= 0.4 * budget
     assert reports["ragged"].layers[1].slots == reports["dense"].layers[1].slots
 
@@ -345,4 +345,4 @@ def _bytes_of(cache):
     """What the tables take, by hand: index, count, modality and position of every slot, and a mask as wide as any."""
     slots = sum(int((layer.indices >= 0).sum()) for layer in cache.layers)
     masks = sum(layer.indices.numel() for layer in cache.layers)
-    return slots * (4 + 4 + 1 + 4) + masks + 3 * (8 + 4)  # and of each layer the number of tokens and rho
+    return slots * (4 + 4 + 1 + 4) + masks + 3 * (8 + 4 + 2 * 8)  # and of each layer: tokens, rho, ends of two heads

@@ -36,10 +36,6 @@ class PackedBuffers(Buffers):
         """Return for how many slots there is room on the axis of the longest head."""
         return self.layout.width + self.layout.room
 
-    def nbytes(self) -> int:
-        """Return the bytes of keys, values and layout."""
-        return super().nbytes() + self.layout.ends.untyped_storage().nbytes()
-
     def mean_slots(self, filled: int) -> int:
         """Return how many slots a head holds on average where the axis is filled so far."""
         return sum(self.layout.lengths) // len(self.layout.lengths) + filled - self.layout.width

@@ -11,7 +11,6 @@ from torch import Tensor
 LENGTHS = [[4, 1, 2], [1, 3, 4]]
 SLOTS = sum(map(sum, LENGTHS))
 BYTES = 4 * 4 * 2  # of one slot of one head: head_dim, float32, keys and values
-LAYOUT = 6 * 8  # where each of the 6 sequences goes on, int64
 
 
 def numbered(tokens: int, start: int = 0) -> Tensor:
@@ -35,7 +34,7 @@ def rows(storage: RaggedStorage) -> list[list[float]]:
 
 
 def test_what_is_stored_takes_exactly_its_own_bytes() -> None:
-    assert filled().nbytes() == SLOTS * BYTES + LAYOUT
+    assert filled().nbytes() == SLOTS * BYTES
 
 
 def test_heads_lie_one_after_the_other() -> None:
@@ -74,17 +73,17 @@ def test_appending_writes_in_place_and_takes_room_for_the_mean_head() -> None:
         places.add(packed.keys.data_ptr())
     assert len(places) <= 6
     assert rows(storage)[1] == [200, *(200 + token for token in range(100))]
-    assert storage.nbytes() <= 2.1 * (SLOTS + 600) * BYTES + LAYOUT
+    assert storage.nbytes() <= 2.1 * (SLOTS + 600) * BYTES
 
 
 def test_reserved_room_is_taken_at_the_first_append_and_exactly() -> None:
     storage = filled(reserve=30)
-    assert storage.nbytes() == SLOTS * BYTES + LAYOUT
+    assert storage.nbytes() == SLOTS * BYTES
     storage.append(numbered(1), -numbered(1))
-    assert storage.nbytes() == (SLOTS + 6 * 30) * BYTES + LAYOUT
+    assert storage.nbytes() == (SLOTS + 6 * 30) * BYTES
     for token in range(29):
         storage.append(numbered(1, token), -numbered(1, token))
-    assert storage.nbytes() == (SLOTS + 6 * 30) * BYTES + LAYOUT
+    assert storage.nbytes() == (SLOTS + 6 * 30) * BYTES
 
 
 def test_a_snapshot_shares_memory_and_is_not_overwritten() -> None:
@@ -115,7 +114,7 @@ def test_rows_are_taken_with_their_room() -> None:
     storage.append(numbered(1, 10), -numbered(1, 10))
     storage.select(torch.tensor([1, 1]))
     assert rows(storage) == [[400, 410], [500, 501, 502, 510], [600, 601, 602, 603, 610]] * 2
-    assert storage.nbytes() == (2 * 8 + 6 * 4) * BYTES + LAYOUT
+    assert storage.nbytes() == (2 * 8 + 6 * 4) * BYTES
     storage.append(numbered(3, 20), -numbered(3, 20))
     assert rows(storage)[0] == [400, 410, 120, 121, 122]
 
