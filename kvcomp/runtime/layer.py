@@ -206,9 +206,10 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         if self.only_causal(mask):
             return [None] * len(slots.layout.lengths)
         assert isinstance(self.held_table, PackedTable)
-        table, sizes = self.held_table, [length + slots.appended - self.tail for length in slots.layout.lengths]
+        table, tail = self.held_table, self.tail + self.arrived
+        sizes = [length + slots.appended - tail for length in slots.layout.lengths]
         counts = table.counts if self.request.strategy.mass_preserving else None
-        return over_sequences(mask, table.columns, counts, sizes, slots.layout.kv_heads, self.tail, query.dtype)
+        return over_sequences(mask, table.columns, counts, sizes, slots.layout.kv_heads, tail, query.dtype)
 
     def attended(self, queries: Tensor, mask: Tensor | None, slot_mask: Tensor | None, logits: Logits) -> None:
         """Take note of what the attention saw of the tokens that just arrived, then compress, unless that is
