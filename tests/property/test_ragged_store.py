@@ -2,120 +2,140 @@
 
 from __future__ import annotations
 
-import copy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from kvcomp_strategies.stores.dense import Dense
 from kvcomp_strategies.stores.ragged import Ragged
-from torch import Tensor
+
+from kvcomp.core.interfaces import SlotStorage
 
 HEAD_DIM = 2
-Model = list[list[list[float]]]  # the number of each filled slot, by row and head
+MOST_SNAPSHOTS = 4
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a storage holds: the number of each filled slot by row and head, of which the last `appended` were added to
+    an axis of `width` slots.
+    """
+
+    rows: tuple[tuple[tuple[float, ...], ...], ...] = ()
+    width: int = 0
+    appended: int = 0
+
+    def check(self, storage: SlotStorage) -> None:
+        """Compare with a storage, as it is read and as its heads are packed."""
+        if not self.rows:
+            return
+        keys, values = storage.read()
+        assert keys.shape == (len(self.rows), len(self.rows[0]), self.width + self.appended, HEAD_DIM)
+        assert torch.equal(keys, -values)
+        for row, heads in enumerate(self.rows):
+            for head, numbers in enumerate(heads):
+                axis, kept = keys[row, head, :, 0].tolist(), len(numbers) - self.appended
+                assert axis[:kept] + axis[self.width :] == list(numbers)
+        if (packed := storage.packed()) is not None:
+            numbers = [list(numbers) for heads in self.rows for numbers in heads]
+            assert packed.appended == self.appended
+            assert [view[0, 0, :, 1].tolist() for view in packed.sequences()[0]] == numbers
+            assert [(-view[0, 0, :, 1]).tolist() for view in packed.sequences()[1]] == numbers
+            assert int((keys[..., 0] != 0).sum()) == sum(map(len, numbers))
+            assert packed.layout.total == packed.keys.shape[0] == packed.values.shape[0]
+
+
+@dataclass
+class Holder:
+    """A storage and what it should hold."""
+
+    storage: SlotStorage
+    model: Model = field(default_factory=Model)
 
 
 class StorageMachine(RuleBasedStateMachine):
-    """A store and its model: every slot holds a number that is used once, its value is the negative."""
+    """Two storages that take each other's snapshots. Every slot holds a number that is used once, its value minus
+    that number.
+    """
 
     store: Any = Ragged(growth=1.5)
-    snapshots: Any = Bundle("snapshots")
 
     @initialize(reserve=st.sampled_from((None, 1, 5)))
     def begin(self, reserve: int | None) -> None:
-        """Start with an empty storage, and another that shares its snapshots."""
-        self.storage = self.store.open(reserve)
-        self.other = self.store.open(reserve)
-        self.model: Model = []
-        self.width = 0  # slots of the last replace, empty ones included
-        self.appended = 0
+        """Start with nothing."""
+        self.holders = [Holder(self.store.open(reserve)) for _ in range(2)]
+        self.snapshots: list[tuple[Any, Model]] = []
         self.next = 1.0
 
-    @rule(lengths=st.lists(st.lists(st.integers(1, 6), min_size=3, max_size=3), min_size=1, max_size=3))
+    @rule(lengths=st.lists(st.lists(st.integers(1, 5), min_size=2, max_size=2), min_size=1, max_size=2))
     def replace(self, lengths: list[list[int]]) -> None:
-        """Hold heads of these lengths."""
-        self.width = max(max(row) for row in lengths)
-        self.appended = 0
-        self.model = [[self._numbers(length) for length in row] for row in lengths]
-        mask = torch.tensor([[[place < length for place in range(self.width)] for length in row] for row in lengths])
+        """Hold heads of these lengths in the first storage."""
+        width = max(max(row) for row in lengths)
+        rows = tuple(tuple(self._numbers(length) for length in row) for row in lengths)
+        mask = torch.arange(width) < torch.tensor(lengths)[..., None]
         keys = torch.full((*mask.shape, HEAD_DIM), 99.0)
-        for row, heads in enumerate(self.model):
-            for head, numbers in enumerate(heads):
-                keys[row, head, : len(numbers)] = torch.tensor(numbers)[:, None]
-        self.storage.replace(keys, -keys, None if bool(mask.all()) else mask)
+        keys[mask] = torch.tensor([number for heads in rows for numbers in heads for number in numbers])[:, None]
+        self.holders[0].storage.replace(keys, -keys, None if bool(mask.all()) else mask)
+        self.holders[0].model = Model(rows, width)
 
-    @rule(tokens=st.integers(1, 4))
-    def append(self, tokens: int) -> None:
-        """Add as many slots to every head, as the first of all if there are none."""
-        if not self.model:
-            self.model = [[[], []]]
-            self.width, self.appended = tokens, -tokens
-        new = [[self._numbers(tokens) for _ in heads] for heads in self.model]
+    @rule(place=st.integers(0, 1), tokens=st.integers(1, 3))
+    def append(self, place: int, tokens: int) -> None:
+        """Add as many slots to every head; to a storage without any, as its first."""
+        holder = self.holders[place]
+        before = holder.model if holder.model.rows else Model((((), ()),), width=tokens, appended=-tokens)
+        new = [[self._numbers(tokens) for _ in heads] for heads in before.rows]
         keys = torch.tensor(new)[..., None].repeat(1, 1, 1, HEAD_DIM)
-        self.storage.append(keys, -keys)
-        self.model = [
-            [held + more for held, more in zip(*pair, strict=True)] for pair in zip(self.model, new, strict=True)
-        ]
-        self.appended += tokens
+        holder.storage.append(keys, -keys)
+        rows = tuple(
+            tuple(held + more for held, more in zip(heads, added, strict=True))
+            for heads, added in zip(before.rows, new, strict=True)
+        )
+        holder.model = replace(before, rows=rows, appended=before.appended + tokens)
 
-    @rule(data=st.data())
-    def select(self, data: st.DataObject) -> None:
+    @rule(place=st.integers(0, 1), data=st.data())
+    def select(self, place: int, data: st.DataObject) -> None:
         """Take some rows, any number of times."""
-        if self.model:
-            rows = data.draw(st.lists(st.integers(0, len(self.model) - 1), min_size=1, max_size=3))
-            self.storage.select(torch.tensor(rows))
-            self.model = [copy.deepcopy(self.model[row]) for row in rows]
+        holder = self.holders[place]
+        if holder.model.rows:
+            rows = data.draw(st.lists(st.integers(0, len(holder.model.rows) - 1), min_size=1, max_size=2))
+            holder.storage.select(torch.tensor(rows))
+            holder.model = replace(holder.model, rows=tuple(holder.model.rows[row] for row in rows))
 
-    @rule()
-    def move(self) -> None:
+    @rule(place=st.integers(0, 1))
+    def move(self, place: int) -> None:
         """Go to where the slots are."""
-        self.storage.move(torch.device("cpu"))
+        self.holders[place].storage.move(torch.device("cpu"))
 
-    @rule(target=snapshots)
-    def snapshot(self) -> Any:
-        """Remember everything."""
-        return self.storage.snapshot(), copy.deepcopy(self.model), self.width, self.appended
+    @rule(place=st.integers(0, 1))
+    def snapshot(self, place: int) -> None:
+        """Remember everything, and of snapshots the latest."""
+        holder = self.holders[place]
+        self.snapshots = [*self.snapshots, (holder.storage.snapshot(), holder.model)][-MOST_SNAPSHOTS:]
 
-    @rule(snapshot=snapshots, elsewhere=st.booleans())
-    def restore(self, snapshot: Any, elsewhere: bool) -> None:
-        """Go back to a snapshot, in this storage or in another, which goes on."""
-        if elsewhere:
-            self.storage, self.other = self.other, self.storage
-        held, model, self.width, self.appended = snapshot
-        self.storage.restore(held)
-        self.model = copy.deepcopy(model)
+    @precondition(lambda self: self.snapshots)
+    @rule(place=st.integers(0, 1), data=st.data())
+    def restore(self, place: int, data: st.DataObject) -> None:
+        """Go back to a snapshot, perhaps of the other storage."""
+        held, model = data.draw(st.sampled_from(self.snapshots))
+        self.holders[place].storage.restore(held)
+        self.holders[place].model = model
 
     @invariant()
-    def holds_the_model(self) -> None:
-        """Read what the model says, on the axis that the model says, with zeros between where heads are packed."""
-        if not getattr(self, "model", None):
-            return
-        keys, values = self.storage.read()
-        assert keys.shape == (len(self.model), len(self.model[0]), self.width + self.appended, HEAD_DIM)
-        assert torch.equal(keys, -values)
-        for row, heads in enumerate(self.model):
-            for head, numbers in enumerate(heads):
-                kept = len(numbers) - self.appended
-                axis = keys[row, head, :, 0].tolist()
-                assert axis[:kept] + axis[self.width :] == numbers
-        self._holds_packed(keys)
+    def everything_is_held(self) -> None:
+        """Check both storages, and every snapshot in a storage of its own."""
+        for holder in getattr(self, "holders", []):
+            holder.model.check(holder.storage)
+        for held, model in getattr(self, "snapshots", []):
+            probe = self.store.open()
+            probe.restore(held)
+            model.check(probe)
 
-    def _holds_packed(self, keys: Tensor) -> None:
-        packed = self.storage.packed()
-        numbers = [numbers for heads in self.model for numbers in heads]
-        if packed is None:
-            return
-        assert packed.appended == self.appended
-        assert [view[0, 0, :, 1].tolist() for view in packed.sequences()[0]] == numbers
-        assert [view[0, 0, :, 1].tolist() for view in packed.sequences()[1]] == [[-n for n in own] for own in numbers]
-        assert int((keys[..., 0] != 0).sum()) == sum(map(len, numbers))
-        assert packed.layout.total == packed.keys.shape[0] == packed.values.shape[0]
-
-    def _numbers(self, count: int) -> list[float]:
+    def _numbers(self, count: int) -> tuple[float, ...]:
         self.next += count
-        return [self.next - count + place for place in range(count)]
+        return tuple(self.next - count + place for place in range(count))
 
 
 class DenseMachine(StorageMachine):
@@ -127,5 +147,5 @@ class DenseMachine(StorageMachine):
 TestRagged = StorageMachine.TestCase
 TestDense = DenseMachine.TestCase
 TestRagged.settings = TestDense.settings = settings(
-    max_examples=max(15, settings.default.max_examples), stateful_step_count=20
+    max_examples=max(30, settings.default.max_examples), stateful_step_count=25
 )

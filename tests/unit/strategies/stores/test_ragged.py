@@ -109,6 +109,28 @@ def test_a_snapshot_shares_memory_and_is_not_overwritten() -> None:
     assert rows(storage) == held
 
 
+def test_two_storages_go_on_from_one_snapshot_without_meeting() -> None:
+    storage, other = filled(reserve=8), Ragged().open()
+    storage.append(numbered(1, 10), -numbered(1, 10))
+    other.restore(storage.snapshot())
+    storage.append(numbered(1, 11), -numbered(1, 11))
+    other.append(numbered(1, 12), -numbered(1, 12))
+    assert rows(storage)[1] == [200, 210, 211]
+    assert rows(other)[1] == [200, 210, 212]
+
+
+def test_branches_of_one_storage_do_not_overwrite_each_other() -> None:
+    storage = filled(reserve=8)
+    storage.append(numbered(1, 10), -numbered(1, 10))
+    trunk = storage.snapshot()
+    storage.append(numbered(1, 11), -numbered(1, 11))
+    branch = storage.snapshot()
+    storage.restore(trunk)
+    storage.append(numbered(1, 12), -numbered(1, 12))
+    storage.restore(branch)
+    assert rows(storage)[1] == [200, 210, 211]
+
+
 def test_rows_are_taken_with_their_room() -> None:
     storage = filled(reserve=4)
     storage.append(numbered(1, 10), -numbered(1, 10))
