@@ -81,6 +81,17 @@ class StorageMachine(RuleBasedStateMachine):
         self.holders[0].storage.replace(keys, -keys, None if bool(mask.all()) else mask)
         self.holders[0].model = Model(rows, width)
 
+    @rule(source=st.integers(0, 1), other=st.integers(0, 1), tokens=st.integers(1, 3))
+    def branch(self, source: int, other: int, tokens: int) -> None:
+        """Go on from one snapshot twice, in one storage or in both."""
+        self.snapshot(source)
+        held, model = self.snapshots[-1]
+        self.append(source, tokens)
+        self.snapshot(source)
+        self.holders[other].storage.restore(held)
+        self.holders[other].model = model
+        self.append(other, tokens)
+
     @rule(place=st.integers(0, 1), tokens=st.integers(1, 3))
     def append(self, place: int, tokens: int) -> None:
         """Add as many slots to every head; to a storage without any, as its first."""
