@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from kvcomp.core.packed import PackedSlots
 from kvcomp.core.types import Assignment, AttentionBlock, LayerPlan, LayerView, Pivots, Scores
 
 
@@ -265,9 +266,15 @@ class SlotStorage(ABC):
     def move(self, device: torch.device) -> None:
         """Hold the slots on a device."""
 
+    def packed(self) -> PackedSlots | None:
+        """Return the slots as they lie in memory where heads hold different numbers and `read` would copy them; None
+        where attention is to run over what `read` returns.
+        """
+        return None
+
     @abstractmethod
     def nbytes(self) -> int:
-        """Return the bytes of all storages held, filled or not, read from the storages."""
+        """Return the bytes of all storages of keys and values held, filled or not, read from the storages."""
 
     @abstractmethod
     def snapshot(self) -> Any:

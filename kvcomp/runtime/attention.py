@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from kvcomp.runtime.forward import Logits
 from kvcomp.runtime.layer import LAYER_ATTRIBUTE, CompressedCacheLayer
+from kvcomp.runtime.packed import attend_packed, can_attend, own_slots
 
 PREFIX = "kvcomp_"
 BASES = ("sdpa", "eager")
@@ -57,11 +58,21 @@ def attend(
     layer: CompressedCacheLayer | None = getattr(key, LAYER_ATTRIBUTE, None)
     if layer is None:
         return function(module, query, key, value, attention_mask, **kwargs)
-    mask = layer.slot_mask(attention_mask, query)
-    output = function(module, query, key, value, mask, **kwargs)
+    logits = _logits(query, kwargs)
+    packed = layer.storage.packed()
+    if packed is not None and not can_attend(base, query, packed, layer.only_causal(attention_mask)):
+        packed, (key, value) = None, layer.storage.read()
+    mask = None
+    if packed is None or query.shape[2] > 1 or layer.holds_padding:
+        mask = layer.slot_mask(attention_mask, query)
+    if packed is None:
+        output = function(module, query, key, value, mask, **kwargs)
+    else:
+        masks = layer.head_masks(attention_mask, packed, query) if mask is None else own_slots(mask, packed)
+        output = attend_packed(base, query, packed, masks, logits, kwargs.get("dropout", 0.0))
     if layer.arrived:
         with torch.no_grad():
-            layer.attended(query, attention_mask, mask, _logits(query, kwargs))
+            layer.attended(query, attention_mask, mask, logits)
     return output
 
 

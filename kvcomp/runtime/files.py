@@ -112,8 +112,9 @@ def _fill(layer: CompressedCacheLayer, numbers: dict[str, Any], tensors: dict[st
     for name in NUMBERS:
         setattr(layer, name, numbers[name])
     layer.carried = {_observation(spec): tensors[f"carried.{place}"] for place, spec in enumerate(numbers["carried"])}
-    if layer.trimmed and layer.table.mask is not None:
-        layer.keep_slots(layer.table.mask)  # the file holds heads padded to the longest
+    layer.holds_padding = tensors.get("table.mask") is not None
+    if layer.trimmed and layer.holds_padding:
+        layer.keep_slots(tensors["table.mask"])  # the file holds heads padded to the longest
 
 
 def _observation(spec: dict[str, Any]) -> Observation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,11 +12,12 @@ from transformers.cache_utils import DynamicLayer
 
 from kvcomp.core.errors import UnsupportedUseError
 from kvcomp.core.interfaces import Observation
+from kvcomp.core.packed import PackedSlots
 from kvcomp.core.strategy import Strategy
 from kvcomp.core.types import LayerView, Pivots, Scores
 from kvcomp.runtime.forward import Forward, Logits, observe_forwards
-from kvcomp.runtime.masks import over_slots, row_validity, with_mass
-from kvcomp.runtime.slots import SlotTable, gather_heads, padded
+from kvcomp.runtime.masks import over_sequences, over_slots, row_validity, with_mass
+from kvcomp.runtime.slots import PackedTable, SlotTable, gather_heads, padded
 from kvcomp.runtime.state import LayerState
 
 LAYER_ATTRIBUTE = "kvcomp_layer"  # how the attention function finds the layer that its keys came from
@@ -80,7 +82,9 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         self.take_form(key_states, value_states)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take in new tokens, `(batch, kv_heads, tokens, head_dim)`, and return keys and values of all slots."""
+        """Take in new tokens, `(batch, kv_heads, tokens, head_dim)`, and return keys and values of all slots; only the
+        new ones where the slots are packed.
+        """
         self.request.check_in_use()
         if key_states.requires_grad and torch.is_grad_enabled():
             raise UnsupportedUseError(
@@ -99,11 +103,12 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
             self.lazy_initialization(key_states, value_states)
         self.storage.append(key_states, value_states)
         self.seen += new
-        if new > 1 or self.table is None:
+        if new > 1 or self.held_table is None:
             self.arrived = new
         else:
             self.tail += 1
-        keys, values = self.storage.read()
+        # The attention function goes to the storage itself where heads are packed.
+        keys, values = (key_states, value_states) if self.storage.packed() else self.storage.read()
         keys = keys[:]  # a fresh view: on a stored tensor the attribute would make a reference cycle
         setattr(keys, LAYER_ATTRIBUTE, self)
         return keys, values
@@ -150,10 +155,11 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         removed, upcoming = self.seen - target, self.upcoming_positions()
         before = table.columns < target
         self.keep_slots(before & table.valid if self.trimmed else before)
-        assert self.table is not None
+        kept = self.table
+        assert kept is not None
         self.tokens = self.tokens + self.tail - removed
         if upcoming is not None:
-            self.next_positions = upcoming - removed if removed <= self.tail else self.table.positions_at(target)
+            self.next_positions = upcoming - removed if removed <= self.tail else kept.positions_at(target)
         self.tail, self.seen = 0, target
 
     def offload(self) -> None:
@@ -166,18 +172,44 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
 
     # --- what the attention function asks ---
 
+    def only_causal(self, mask: Tensor | None) -> bool:
+        """Return whether a query sees every slot before it and nothing weighs them, given transformers' mask."""
+        return mask is None and not self.holds_padding and not self.request.strategy.mass_preserving
+
     def slot_mask(self, mask: Tensor | None, queries: Tensor) -> Tensor | None:
-        """Return the mask over this layer's slots, given transformers' mask over columns."""
-        mass = self.request.strategy.mass_preserving
+        """Return the mask over this layer's slots, `(batch, heads, queries, slots)`; None for no mask at all.
+
+        Args:
+            mask: transformers' mask over columns.
+            queries: `(batch, heads, queries, head_dim)`.
+        """
         if not self.trimmed:
             return mask
-        assert self.table is not None
+        assert self.held_table is not None
         new = queries.shape[2]
-        if mask is None and new == 1 and self.table.mask is None and not mass:
-            return None  # one query, which sees every slot
-        table, group = self.whole_table(), queries.shape[1] // self.table.indices.shape[1]
+        if new == 1 and self.only_causal(mask) and self.held_table.mask is None:
+            return None
+        table, group = self.whole_table(), queries.shape[1] // self.kv_heads
         slot_mask = over_slots(mask, table, new, self.seen - new, group)
-        return with_mass(slot_mask, table.counts, group, queries.dtype) if mass else slot_mask
+        if not self.request.strategy.mass_preserving:
+            return slot_mask
+        return with_mass(slot_mask, table.counts, group, queries.dtype)
+
+    def head_masks(self, mask: Tensor | None, slots: PackedSlots, query: Tensor) -> Sequence[Tensor | None]:
+        """Return the mask of one query over the own slots of each (row, KV head), `(1, 1, 1, slots)`, None for none.
+
+        Args:
+            mask: transformers' mask over columns.
+            slots: of this layer, none of them padding.
+            query: `(batch, heads, 1, head_dim)`.
+        """
+        if self.only_causal(mask):
+            return [None] * len(slots.layout.lengths)
+        assert isinstance(self.held_table, PackedTable)
+        table, tail = self.held_table, self.tail + self.arrived
+        sizes = [length + slots.appended - tail for length in slots.layout.lengths]
+        counts = table.counts if self.request.strategy.mass_preserving else None
+        return over_sequences(mask, table.columns, counts, sizes, slots.layout.kv_heads, tail, query.dtype)
 
     def attended(self, queries: Tensor, mask: Tensor | None, slot_mask: Tensor | None, logits: Logits) -> None:
         """Take note of what the attention saw of the tokens that just arrived, then compress, unless that is
@@ -196,7 +228,6 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
     def prepare(self) -> tuple[LayerView, Scores] | None:
         """Return the view and the scores to allocate by, None where nothing is to be trimmed."""
         started = time.perf_counter()
-        assert self.table is not None
         strategy = self.request.strategy
         prepared = None
         if strategy.turns == "append" and self.compressions:
@@ -217,10 +248,11 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         layer, by `scores` where other layers had a say in them.
         """
         started = time.perf_counter()
-        assert self.table is not None
-        assert self._view is not None
+        table, view = self.table, self._view
+        assert table is not None
+        assert view is not None
         assert self._scores is not None
-        strategy, view = self.request.strategy, self._view
+        strategy = self.request.strategy
         scores = self._scores if scores is None else scores
         if slots is None:
             slots = strategy.allocate(self.share(), [view], [scores])[0]
@@ -228,25 +260,21 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         layer = strategy.apply(view, plan)
         assert plan.pivots is not None
         assert plan.assignment is not None
-        padded = self.table.columns is not self.table.indices
-        self.table = SlotTable.of(layer, plan.pivots.gather(self.table.columns) if padded else None)
+        self.rho, self.trimmed, self.holds_padding = plan.rho, True, False
+        self.memory = plan.assignment.memory
+        padded = table.columns is not table.indices
+        self.table = SlotTable.of(layer, plan.pivots.gather(table.columns) if padded else None)
         self.storage.replace(layer.keys, layer.values, layer.mask)
         self._carry(view, plan.pivots)
-        self.rho, self.trimmed = plan.rho, True
-        self.memory = plan.assignment.memory
         self._view = self._scores = None
         self.seconds += time.perf_counter() - started
 
-    def all_slots(self) -> SlotTable | None:
-        """Return the table of all slots, the tail included; None before the first token."""
-        return None if self.table is None else self.whole_table()
-
     def _everything_fits(self) -> bool:
         """Return whether every row may keep all it holds, and holds no padding."""
-        assert self.table is not None
         if self.request.strategy.selector is None:
             return True
-        return not self.trimmed and self.table.mask is None and bool((self.share() >= self.tokens).all())
+        assert self.held_table is not None
+        return not self.trimmed and self.held_table.mask is None and bool((self.share() >= self.tokens).all())
 
     def share(self) -> Tensor:
         """Return the uniform share of the budget, `(batch,)` on the CPU: of all tokens seen."""
@@ -268,9 +296,9 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         self.carried = {seen: view.observations[seen] for seen in later}
 
     def _make_view(self, observations: tuple[Observation, ...]) -> LayerView:
-        assert self.table is not None
-        keys, values = self.storage.read()
         table = self.table
+        assert table is not None
+        keys, values = self.storage.read()
         seen = observe_forwards(self.forwards, keys, table, observations)
         for observation, sums in self.carried.items():
             if observation in seen:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,43 @@ def over_slots(mask: Tensor | None, table: SlotTable, queries: int, seen: int, g
         if table.mask is not None:
             gathered = _hide(gathered, table.mask[:, :, None])
     return None if gathered is None else gathered.repeat_interleave(group, dim=1)
+
+
+def over_sequences(
+    mask: Tensor | None,
+    columns: Tensor,
+    counts: Tensor | None,
+    sizes: Sequence[int],
+    kv_heads: int,
+    tail: int,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Return the mask of one query over the slots of each (row, KV head), `(1, 1, 1, slots)`.
+
+    Args:
+        mask: over columns, `(batch or 1, 1, 1, columns)`, bool or additive, or None where all are visible.
+        columns: of the packed slots, `(slots of all,)`.
+        counts: likewise, float32, where log(count) is to be added to a slot's logit; else None.
+        sizes: how many of them belong to each (row, KV head), one after the other.
+        kv_heads: KV heads of a row.
+        tail: slots that every head has after them, one per column, the last columns of the mask.
+        dtype: of the query.
+    """
+    rows = len(sizes) // kv_heads
+    if mask is None:
+        own = torch.ones_like(columns, dtype=torch.bool)
+        last = own.new_ones(rows, tail)
+    else:
+        flat = mask[:, 0, 0].expand(rows, -1)
+        per_row = [sum(sizes[row * kv_heads : (row + 1) * kv_heads]) for row in range(rows)]
+        places = torch.split_with_sizes(columns, per_row)
+        own = torch.cat([flat[row].index_select(0, places[row]) for row in range(rows)])
+        last = flat[:, flat.shape[1] - tail :]
+    if counts is not None:
+        own = with_mass(own[None, None, None], counts[None, None], 1, dtype)[0, 0, 0]
+        last = with_mass(last[:, None, None], last.new_ones(rows, 1, tail).float(), 1, dtype)[:, 0, 0]
+    pieces = torch.split_with_sizes(own, list(sizes))
+    return [torch.cat([piece, last[place // kv_heads]])[None, None, None] for place, piece in enumerate(pieces)]
 
 
 def _hide(mask: Tensor, valid: Tensor) -> Tensor:

@@ -107,6 +107,59 @@ class SlotTable:
         return entries if self.mask is None else (*entries, self.mask)
 
 
+@dataclass(frozen=True, eq=False)
+class PackedTable:
+    """The table of heads that keep different numbers of slots, without the empty ones: how it is held between uses.
+
+    Attributes:
+        indices, columns, counts, modality: `(filled slots,)` each, heads one after the other.
+        positions: one such tensor per axis.
+        mask: `(batch, kv_heads, slots)` bool, where they belong.
+    """
+
+    indices: Tensor
+    columns: Tensor
+    counts: Tensor
+    modality: Tensor
+    positions: tuple[Tensor, ...]
+    mask: Tensor
+
+    @classmethod
+    def of(cls, table: SlotTable) -> PackedTable:
+        """Return a table whose mask is not None, packed."""
+        assert table.mask is not None
+        filled = table.mask.flatten().nonzero()[:, 0]
+
+        def pack(entry: Tensor) -> Tensor:
+            return entry.flatten()[filled]
+
+        indices = pack(table.indices)
+        columns = indices if table.columns is table.indices else pack(table.columns)
+        positions = tuple(pack(axis) for axis in table.positions)
+        return cls(indices, columns, pack(table.counts), pack(table.modality), positions, table.mask)
+
+    def unpacked(self) -> SlotTable:
+        """Return the table with its empty slots: index and column -1, everything else 0."""
+
+        def spread(packed: Tensor, empty: int = 0) -> Tensor:
+            entry = torch.full(self.mask.shape, empty, dtype=packed.dtype, device=packed.device)
+            return entry.masked_scatter_(self.mask, packed)
+
+        indices = spread(self.indices, -1)
+        return SlotTable(
+            indices=indices,
+            columns=indices if self.columns is self.indices else spread(self.columns, -1),
+            counts=spread(self.counts),
+            modality=spread(self.modality),
+            positions=torch.stack([spread(axis) for axis in self.positions]),
+            mask=self.mask,
+        )
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the tensors that hold the table."""
+        return self.indices, self.columns, self.counts, self.modality, *self.positions, self.mask
+
+
 def new_tokens(
     shape: tuple[int, int, int],
     seen: int,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvcomp.core.interfaces import Observation, SlotStorage
 from kvcomp.core.types import Pivots
-from kvcomp.runtime.slots import SlotTable, gather_heads, new_tokens, padded, positions_after
+from kvcomp.runtime.slots import PackedTable, SlotTable, gather_heads, new_tokens, padded, positions_after
 
 
 class LayerState:
@@ -29,17 +29,28 @@ class LayerState:
         self.dtype, self.device = torch.float32, torch.device("cpu")  # until the first token says
         self.kv_heads = 0
         self.slot_bytes = 0  # of one slot of one KV head, as it came in
-        self.table: SlotTable | None = None
+        self.held_table: SlotTable | PackedTable | None = None
         self.tokens = torch.zeros(0, dtype=torch.long)  # valid tokens of each row that the table stands for, on the CPU
         self.next_positions: Tensor | None = None  # (axes, batch), of the first token of the tail
         self.tail = 0
         self.seen = 0  # columns, padding counted
         self.arrived = 0  # tokens of this forward that the attention function has not seen yet
         self.trimmed = False  # slots are no longer columns
+        self.holds_padding = False  # some slot of the storage is that of a padding token
         self.carried: Mapping[Observation, Tensor] = {}  # (batch, heads, slots) each, of the slots in the table
         self.memory: Tensor | None = None  # (batch, ...), what the matcher left at the last compression
 
     # --- reading ---
+
+    @property
+    def table(self) -> SlotTable | None:
+        """Return what each slot stands for, the tail left out; where heads differ it is unpacked anew each time."""
+        return self.held_table.unpacked() if isinstance(self.held_table, PackedTable) else self.held_table
+
+    @table.setter
+    def table(self, table: SlotTable | None) -> None:
+        empty = table is not None and table.mask is not None and self.trimmed
+        self.held_table = PackedTable.of(table) if table is not None and empty else table
 
     @property
     def keys(self) -> Tensor | None:
@@ -68,7 +79,7 @@ class LayerState:
 
     def all_slots(self) -> SlotTable | None:
         """Return the table of all slots, the tail included; None before the first token."""
-        return None if self.table is None else self.whole_table()
+        return None if self.held_table is None else self.whole_table()
 
     def upcoming_positions(self) -> Tensor | None:
         """Return the position of the next token, `(axes, batch)`; None where positions are columns."""
@@ -76,22 +87,24 @@ class LayerState:
 
     def bookkeeping(self) -> list[Tensor]:
         """Return every tensor that the layer keeps beside keys and values."""
-        tensors = [] if self.table is None else list(self.table.tensors())
+        tensors = [] if self.held_table is None else list(self.held_table.tensors())
         tensors += [tensor for tensor in (self.tokens, self.next_positions, self.memory) if tensor is not None]
+        tensors += [packed.layout.ends] if (packed := self.storage.packed()) else []
         return [*tensors, *self.carried.values()]
 
     def whole_table(self, arrived: bool = True) -> SlotTable:
         """Return the table with the tail, and with the tokens that just arrived, which only a mask may ask for."""
-        assert self.table is not None
+        table = self.table
+        assert table is not None
         more = self.tail + (self.arrived if arrived else 0)
         if not more:
-            return self.table
-        batch, kv_heads, _ = self.table.indices.shape
+            return table
+        batch, kv_heads, _ = table.indices.shape
         positions = None
         if self.next_positions is not None:
             positions = self.next_positions[..., None] + torch.arange(more, device=self.device)
         start = self.seen - self.arrived - self.tail
-        return self.table.extend(
+        return table.extend(
             new_tokens((batch, kv_heads, more), start, self.tokens, device=self.device, positions=positions)
         )
 
@@ -120,7 +133,8 @@ class LayerState:
             positions: `(axes, batch, tokens)`, or None for the columns.
         """
         seen = self.seen - self.arrived
-        before = torch.full((batch,), 0) if self.table is None else self.tokens + self.tail
+        first = self.held_table is None
+        before = torch.full((batch,), 0) if first else self.tokens + self.tail
         arrived = new_tokens(
             (batch, self.kv_heads, self.arrived),
             seen,
@@ -130,10 +144,11 @@ class LayerState:
             modality=modality,
             positions=positions,
         )
-        self.table = arrived if self.table is None else self.whole_table(arrived=False).extend(arrived)
+        self.table = arrived if first else self.whole_table(arrived=False).extend(arrived)
         self.tokens = before + (self.arrived if valid is None else valid.sum(dim=1).cpu())
         self.next_positions = None if positions is None else positions_after(positions, batch)
         self.tail = self.arrived = 0
+        self.holds_padding |= valid is not None
 
     def keep_slots(self, stays: Tensor) -> None:
         """Hold the slots that stay, `(batch, kv_heads, slots)` of all slots, and nothing else."""
@@ -142,6 +157,7 @@ class LayerState:
         order = (~stays).to(torch.uint8).argsort(dim=-1, stable=True)[..., :slots]
         kept, filled = Pivots(order), stays.gather(2, order)
         full = bool(filled.all())
+        self.holds_padding = bool((stays & ~table.valid).any())
         keys, values = self.storage.read()
         self.storage.replace(kept.gather(keys), kept.gather(values), None if full else filled)
         table = table.map(kept.gather)
@@ -152,7 +168,8 @@ class LayerState:
         """Hold these rows of the batch, `(rows,)` int64, in this order."""
         here = rows.to(self.device)
         self.storage.select(here)
-        self.table = None if self.table is None else self.table.map(lambda entry: entry.index_select(0, here))
+        table = self.table
+        self.table = None if table is None else table.map(lambda entry: entry.index_select(0, here))
         self.tokens = self.tokens.index_select(0, rows.cpu())
         self.next_positions = None if self.next_positions is None else self.next_positions.index_select(1, here)
         self.carried = {seen: sums.index_select(0, here) for seen, sums in self.carried.items()}

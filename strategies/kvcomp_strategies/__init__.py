@@ -51,6 +51,7 @@ from kvcomp_strategies.scorers.window_attention import WindowAttention
 from kvcomp_strategies.selectors.adjacent_clusters import AdjacentClusters
 from kvcomp_strategies.selectors.top_k import TopK
 from kvcomp_strategies.stores.dense import Dense
+from kvcomp_strategies.stores.ragged import Ragged
 
 PARTS: tuple[type[Part], ...] = (
     UniformPolicy,
@@ -93,6 +94,7 @@ PARTS: tuple[type[Part], ...] = (
     Sum,
     ValuesOnly,
     Dense,
+    Ragged,
     CrossModalFlow,
     ReceivedSums,
     RowEntropy,

@@ -73,7 +73,7 @@ def _alive() -> dict[int, int]:
 
 
 @pytest.mark.parametrize("new", [1, 6])
-@pytest.mark.parametrize("recipe", ["flowmm", "h2o", "random"])
+@pytest.mark.parametrize("recipe", ["flowmm", "h2o", "random", "ada-kv"])
 def test_the_report_accounts_for_every_storage_that_a_request_leaves_alive(recipe, new):
     model, inputs = tiny_llama(), text_inputs(200)
     with kvcomp.compress(model, recipe, budget=0.2) as cache:  # once before: what transformers itself keeps

@@ -2,7 +2,7 @@
 
 import torch
 
-from kvcomp.runtime.masks import over_slots, row_validity, visible, with_mass
+from kvcomp.runtime.masks import over_sequences, over_slots, row_validity, visible, with_mass
 from kvcomp.runtime.slots import SlotTable
 
 LOWEST = torch.finfo(torch.float32).min
@@ -54,3 +54,28 @@ def test_mass_is_the_logarithm_of_the_count():
     hidden = with_mass(torch.tensor([[[[True, False]]]]), counts, 1, torch.float32)
     assert hidden[0, 0, 0].tolist() == [0.0, LOWEST]
     assert with_mass(torch.tensor([[[[LOWEST, 0.0]]]]), counts, 1, torch.float32)[0, 0, 0, 0] == LOWEST
+
+
+def test_one_query_over_packed_slots_sees_what_it_would_over_padded_ones():
+    """Two rows of two heads with 3, 1, 2 and 4 slots, then a tail of 2: a head's mask is its part of the padded one."""
+    held = torch.tensor([[[1, 1, 1, 0], [1, 0, 0, 0]], [[1, 1, 0, 0], [1, 1, 1, 1]]]).bool()
+    columns = torch.tensor([[[0, 2, 5, 0], [4, 0, 0, 0]], [[1, 3, 0, 0], [2, 3, 4, 5]]], dtype=torch.int32)
+    tail = torch.tensor([6, 7], dtype=torch.int32).expand(2, 2, 2)
+    entries, mask = torch.cat([columns, tail], dim=2), torch.cat([held, torch.ones(2, 2, 2).bool()], dim=2)
+    counts = torch.arange(1.0, 25.0).view(2, 2, 6).masked_fill(~mask, 0.0)
+    counts[..., 4:] = 1.0
+    table = SlotTable(entries, entries, counts, entries.char(), entries[None], mask)
+    allowed = torch.rand(2, 1, 1, 8, generator=torch.Generator().manual_seed(0)) < 0.6
+    additive = torch.zeros(allowed.shape).masked_fill(~allowed, LOWEST)
+    for given in (None, allowed, additive, allowed[:1]):
+        for mass in (False, True):
+            expected = over_slots(given, table, 1, 7, 1)
+            expected = with_mass(expected, counts, 1, torch.float32) if mass else expected
+            found = over_sequences(
+                given, columns[held], counts[..., :4][held] if mass else None, [3, 1, 2, 4], 2, 2, torch.float32
+            )
+            assert len(found) == 4
+            for sequence, own in enumerate(found):
+                row, head = divmod(sequence, 2)
+                assert own.shape[:3] == (1, 1, 1)
+                assert own.flatten().tolist() == expected[row, head, 0, mask[row, head]].tolist()

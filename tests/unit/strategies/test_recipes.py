@@ -13,7 +13,7 @@ PARTS = {
     "snapkv": ["uniform", "window-attention", "uniform", "top-k", "none", "drop", "dense"],
     "tova": ["uniform", "last-query", "uniform", "top-k", "none", "drop", "dense"],
     "pyramidkv": ["uniform", "window-attention", "pyramid", "top-k", "none", "drop", "dense"],
-    "ada-kv": ["uniform", "window-attention", "ada-heads", "top-k", "none", "drop", "dense"],
+    "ada-kv": ["uniform", "window-attention", "ada-heads", "top-k", "none", "drop", "ragged"],
     "vl-cache": ["uniform", "post-vision", "sparsity", "top-k", "none", "drop", "dense"],
     "prefixkv": ["uniform", "received-attention", "prefix", "top-k", "none", "drop", "dense"],
     "key-norm": ["uniform", "key-norm", "uniform", "top-k", "none", "drop", "dense"],

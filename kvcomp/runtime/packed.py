@@ -1,0 +1,183 @@
+"""Attention over packed slots: every head over its own, its group of query heads as rows, nothing padded back."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvcomp.core.packed import PackedSlots
+from kvcomp.runtime.forward import Logits
+
+VARLEN_DTYPES = (torch.float16, torch.bfloat16)
+VARLEN_HEAD_DIM = 256  # the largest that flash attention takes
+
+
+def can_attend(base: str, query: Tensor, slots: PackedSlots, causal: bool) -> bool:
+    """Return whether attention can run over the slots as they lie; else it must run over a padded copy of them.
+
+    On a CPU it always can. On other devices one call per head would leave the device idle, and variable-length
+    attention knows no mask but the causal one.
+
+    Args:
+        base: name of the attention implementation.
+        query: `(batch, heads, queries, head_dim)`.
+        slots: what the layer holds.
+        causal: whether a query sees every slot before it, and nothing weighs them.
+    """
+    return base == "eager" or query.device.type == "cpu" or (causal and _can_vary(query, slots))
+
+
+def attend_packed(
+    base: str,
+    query: Tensor,
+    slots: PackedSlots,
+    masks: Sequence[Tensor | None],
+    logits: Logits,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the attention output `(batch, queries, heads, head_dim)`, and for `eager` the weights.
+
+    Args:
+        base: `sdpa`, which knows neither softcap nor sinks, as transformers' own; or `eager`.
+        query: `(batch, heads, queries, head_dim)`, after rotary embedding.
+        slots: what the layer holds, the new tokens last.
+        masks: of each (row, KV head) over its own slots, `(1, 1, group * queries or 1, slots)`, bool or additive; None
+            where every query sees every slot. Variable-length attention needs none.
+        logits: how logits are made.
+        dropout: probability that a weight is dropped.
+    """
+    if base == "eager":
+        return _eager(query, slots, masks, logits, dropout)
+    if query.device.type != "cpu":
+        return _varlen(query, slots, logits.scaling), None
+    heads = zip(*_heads(query, slots), masks, strict=True)
+    outputs = [
+        F.scaled_dot_product_attention(own, keys, values, allowed, dropout, scale=logits.scaling)
+        for own, keys, values, allowed in heads
+    ]
+    return _joined(outputs, query), None
+
+
+def _heads(query: Tensor, slots: PackedSlots) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    """Return queries `(1, 1, group * queries, head_dim)`, keys and values `(1, 1, slots, head_dim)` of each (row, KV
+    head).
+    """
+    rows = query.reshape(len(slots.layout.lengths), 1, 1, -1, query.shape[3]).unbind()
+    return rows, *slots.sequences()
+
+
+def own_slots(mask: Tensor, slots: PackedSlots) -> list[Tensor]:
+    """Return the mask of each (row, KV head) over its own slots, `(1, 1, group * queries, slots)`.
+
+    Args:
+        mask: over the slots of all heads, `(batch, heads, queries, slots)`, empty ones included.
+        slots: what the layer holds.
+    """
+    lengths, width = slots.layout.lengths, slots.layout.width
+    rows = mask.reshape(len(lengths), 1, 1, -1, mask.shape[3]).unbind()
+    return [
+        row if length == width else torch.cat([row[..., :length], row[..., width:]], dim=-1)
+        for row, length in zip(rows, lengths, strict=True)
+    ]
+
+
+def _joined(outputs: list[Tensor], query: Tensor) -> Tensor:
+    """Return `(batch, queries, heads, head_dim)` of the outputs of each (row, KV head)."""
+    batch, heads, queries, _ = query.shape
+    return torch.cat(outputs).view(batch, heads, queries, -1).transpose(1, 2).contiguous()
+
+
+# --- eager: softcap, sinks, and weights that can be looked at ---
+
+
+def _eager(
+    query: Tensor, slots: PackedSlots, masks: Sequence[Tensor | None], logits: Logits, dropout: float
+) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, _ = query.shape
+    sinks = _sinks(query, slots, logits)
+    outputs, weights = [], []
+    parts = zip(*_heads(query, slots), masks, sinks, slots.layout.lengths, strict=True)
+    for own, keys, values, allowed, sink, length in parts:
+        probs = F.dropout(_probabilities(own, keys, allowed, sink, logits), dropout).to(query.dtype)
+        outputs.append(probs @ values)
+        empty = (0, slots.layout.width - length)
+        weights.append(torch.cat([F.pad(probs[..., :length], empty), probs[..., length:]], dim=-1))
+    return _joined(outputs, query), torch.cat(weights).view(batch, heads, queries, -1)
+
+
+def _probabilities(query: Tensor, keys: Tensor, mask: Tensor | None, sinks: Tensor | None, logits: Logits) -> Tensor:
+    """Return the softmax over one head's slots, `(1, 1, rows, slots)` float32; what sinks take is gone."""
+    scores = (query @ keys.transpose(-1, -2)) * logits.scaling
+    if logits.softcap is not None:
+        scores = logits.softcap * torch.tanh(scores / logits.softcap)
+    if mask is not None:
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+    if sinks is None:
+        return scores.softmax(dim=-1, dtype=torch.float32)
+    return torch.cat([scores, sinks], dim=-1).softmax(dim=-1, dtype=torch.float32)[..., :-1]
+
+
+def _sinks(query: Tensor, slots: PackedSlots, logits: Logits) -> list[Tensor | None]:
+    """Return the sink of every query row of each (row, KV head), `(1, 1, group * queries, 1)`."""
+    sequences = len(slots.layout.lengths)
+    if logits.sinks is None:
+        return [None] * sequences
+    batch, _, queries, _ = query.shape
+    rows = logits.sinks.to(query.dtype)[None, :, None].expand(batch, -1, queries)
+    return list(rows.reshape(sequences, 1, 1, -1, 1).unbind())
+
+
+# --- variable-length attention, on a GPU ---
+
+
+@cache
+def _varlen_attention() -> Callable[..., Any] | None:
+    """Return torch's variable-length attention where it takes sequences with room at their ends."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # not in every torch that kvcomp works with
+    except ImportError:
+        return None
+    return varlen_attn if "seqused_k" in inspect.signature(varlen_attn).parameters else None
+
+
+def _can_vary(query: Tensor, slots: PackedSlots) -> bool:
+    head_dim = query.shape[3]
+    fits = query.dtype in VARLEN_DTYPES and head_dim % 8 == 0 and head_dim <= VARLEN_HEAD_DIM
+    alike = slots.keys.shape == slots.values.shape
+    return query.device.type == "cuda" and fits and alike and _varlen_attention() is not None
+
+
+def _varlen(query: Tensor, slots: PackedSlots, scaling: float) -> Tensor:
+    """Return the output of one call in which every (row, KV head) is a sequence and its query group the heads.
+
+    Several queries are causal: the new tokens are the last of every sequence.
+    """
+    attention = _varlen_attention()
+    assert attention is not None
+    batch, heads, queries, head_dim = query.shape
+    layout, kv_heads = slots.layout, slots.layout.kv_heads
+    bounds = F.pad(layout.ends + layout.room, (1, 0))
+    used = layout.ends - bounds[:-1] + slots.appended
+    grouped = query.view(batch, kv_heads, heads // kv_heads, queries, head_dim).transpose(2, 3)
+    output: Tensor = attention(
+        grouped.reshape(-1, heads // kv_heads, head_dim),
+        slots.keys[:, None],
+        slots.values[:, None],
+        torch.arange(0, (len(used) + 1) * queries, queries, dtype=torch.int32, device=query.device),
+        bounds.int(),
+        queries,
+        max(layout.lengths) + slots.appended,
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=True,
+        seqused_k=used.int(),
+    )
+    output = output.view(batch, kv_heads, queries, heads // kv_heads, head_dim).transpose(1, 2)
+    return output.reshape(batch, queries, heads, head_dim)
