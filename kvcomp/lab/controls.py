@@ -20,14 +20,6 @@ from kvcomp.core.types import LayerView
 from kvcomp.lab.batches import Batch
 from kvcomp.lab.tasks import Sample
 
-RECENCY: Mapping[str, Any] = {
-    "name": "recency",
-    "budget": 0.2,
-    "scorer": {"use": "position", "sinks": 0},
-    "selector": "top-k",
-}
-"""The latest tokens alone."""
-
 
 @dataclass(frozen=True)
 class Method:
@@ -89,8 +81,7 @@ class NoContext(Method):
 
 
 CONTROLS: dict[str, tuple[type[Method], Mapping[str, Any]]] = {
-    "recency": (Method, RECENCY),
-    "oracle": (Oracle, {**RECENCY, "name": "oracle"}),
+    "oracle": (Oracle, {"name": "oracle", "base": "recency"}),
     "no-context": (NoContext, {"name": "no-context"}),
 }
 """Beside the recipes; a recipe of the same name comes first."""
