@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from kvcomp.cli.catalogue import check, list_entries, show
 from kvcomp.cli.demo import demo
+from kvcomp.cli.evaluate import evaluate
 from kvcomp.cli.run import run
 from kvcomp.cli.tasks import app as tasks
 from kvcomp.core.errors import KVCompError, KVCompWarning
@@ -66,5 +67,6 @@ app.command("list")(list_entries)
 app.command()(show)
 app.command()(check)
 app.command()(run)
+app.command("eval")(evaluate)
 app.command()(demo)
 app.add_typer(tasks, name="tasks")

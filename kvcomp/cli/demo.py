@@ -1,11 +1,11 @@
-"""`kvcomp demo`: every recipe on the small benchmark that comes with the package."""
+"""`kvcomp demo`: the best-known recipes on the small benchmark that comes with the package."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,18 +13,22 @@ import typer
 
 from kvcomp.cli.quiet import quiet_transformers
 from kvcomp.cli.terminal import emit_json, emit_table, progress
-from kvcomp.core.errors import InputError
+from kvcomp.cli.testbeds import TESTBED, find_tasks, tasks_beside
+from kvcomp.core.errors import ConfigError, InputError
 from kvcomp.core.registry import registry
 from kvcomp.lab.compare import Comparison, grid
 from kvcomp.lab.document import Document, make_document, summarize, verdict
 from kvcomp.lab.html import format_rho, render_report
 from kvcomp.lab.plots import save_png
+from kvcomp.lab.records import TaskRecord, read_records
 from kvcomp.lab.tasks import Task
 from kvcomp.lab.testbed import load_testbed
 from kvcomp.lab.threads import torch_threads
 
-TESTBED = "minimile-xs"
 REFERENCE = "full"
+RECIPES = ("random", "streaming-llm", "h2o", "snapkv", "look-m", "d2o", "flowmm", "kvcomp-global")
+TASKS = ("text_needle", "recall", "clevr_change")
+"""The headline: those recipes that are installed, and those tasks that the testbed has learned, three at most."""
 BUDGETS = (1.0, 0.2, 0.1)
 SAMPLES = 30
 LEAST_SAMPLES = 10
@@ -39,13 +43,18 @@ def demo(
     samples: Annotated[
         int | None, typer.Option(min=1, help=f"Questions per task; {SAMPLES}, or fewer where there are many recipes.")
     ] = None,
-    recipe: Annotated[list[str] | None, typer.Option(help="Only this recipe; repeat it for several.")] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="This recipe instead of the headline's; repeat it for several.")
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="This task instead of the headline's; repeat it for several.")
+    ] = None,
     testbed: Annotated[str, typer.Option(help="Name of the testbed that answers.")] = TESTBED,
 ) -> None:
-    """Answer MiniMile questions with every recipe at budgets 1.0, 0.2 and 0.1, and write a report."""
+    """Answer questions of three tasks with eight recipes at budgets 1.0, 0.2 and 0.1, and write a report."""
     make_folder(out)  # before minutes of work for it
     with quiet_transformers(), torch_threads(1):
-        document = compare(recipe, testbed, samples)
+        document = compare(recipe, task, testbed, samples)
     write(document, out)
     if as_json:
         emit_json(document)
@@ -53,13 +62,13 @@ def demo(
         emit_summary(document, out)
 
 
-def compare(recipes: Sequence[str] | None, testbed: str, samples: int | None) -> Document:
-    """Return the document of the comparison of the chosen recipes."""
+def compare(recipes: Sequence[str] | None, tasks: Sequence[str] | None, testbed: str, samples: int | None) -> Document:
+    """Return the document of the comparison of the chosen recipes on the chosen tasks."""
     started = time.monotonic()
-    strategies, tasks = grid(recipe_names(recipes), BUDGETS), tasks_beside(testbed)
-    samples = samples or sample_count(len(strategies) * len(tasks))
-    bed = load_testbed(Path(registry.find("testbed", testbed).value))
-    comparison = Comparison(bed, tasks, strategies, samples=samples, timed=min(samples, 2))
+    folder = Path(registry.find("testbed", testbed).value)
+    strategies, chosen = grid(recipe_names(recipes), BUDGETS), choose_tasks(tasks, testbed, read_records(folder))
+    samples = samples or sample_count(len(strategies) * len(chosen))
+    comparison = Comparison(load_testbed(folder), chosen, strategies, samples=samples, timed=min(samples, 2))
     with progress("demo", comparison.steps) as advance:
         results = comparison.run(advance)
     return make_document(comparison, results, time.monotonic() - started)
@@ -75,27 +84,33 @@ def sample_count(answers: int) -> int:
 
 
 def recipe_names(chosen: Sequence[str] | None) -> list[str]:
-    """Return the reference, then the chosen recipes, by default every one.
+    """Return the reference, then the chosen recipes, by default those of the headline that are installed.
 
     Raises:
-        UnknownNameError: one of them is not registered.
+        UnknownNameError: one of the chosen is not registered.
     """
-    names = [entry.name for entry in registry.entries("recipe")]
-    wanted = [registry.find("recipe", name).name for name in chosen or names]
-    return list(dict.fromkeys([REFERENCE, *wanted]))
+    names = {entry.name for entry in registry.entries("recipe")}
+    wanted = chosen or [name for name in RECIPES if name in names]
+    return list(dict.fromkeys([REFERENCE, *(registry.find("recipe", name).name for name in wanted)]))
 
 
-def tasks_beside(testbed: str) -> list[Task]:
-    """Return the tasks of the package that brings the testbed: it was trained for those.
+def choose_tasks(chosen: Sequence[str] | None, testbed: str, records: Mapping[str, TaskRecord]) -> list[Task]:
+    """Return the chosen tasks, by default three that the testbed has learned, those of the headline first.
 
     Raises:
-        InputError: the package brings none.
+        ConfigError: listing the chosen ones that are not registered.
+        InputError: none is chosen, and the testbed has learned none.
     """
-    package = registry.find("testbed", testbed).package
-    tasks: list[Task] = [entry.value for entry in registry.entries("task") if entry.package == package]
+    if chosen:
+        tasks, faults = find_tasks(",".join(chosen), testbed)
+        if faults:
+            raise ConfigError(faults, source="--task")
+        return tasks
+    tasks = [task for task in tasks_beside(testbed) if task.id not in records or records[task.id].learned]
     if not tasks:
-        raise InputError(f"the package {package} brings the testbed {testbed!r} and no task for it")
-    return tasks
+        raise InputError(f"the testbed {testbed!r} has learned none of its tasks; choose some with --task")
+    order = {name: number for number, name in enumerate(TASKS)}
+    return sorted(tasks, key=lambda task: order.get(task.id, len(order)))[: len(TASKS)]
 
 
 def make_folder(out: Path) -> None:

@@ -57,7 +57,7 @@ def load_model(source: Source, device: str) -> Any:
     Raises:
         InputError: its weights cannot be loaded, or there is no such device.
     """
-    target = _device(device)
+    target = find_device(device)
     auto: Any = AutoModelForImageTextToText if source.multimodal else AutoModelForCausalLM
     try:
         return auto.from_pretrained(source.name, dtype="auto").to(target).eval()
@@ -84,7 +84,12 @@ def _is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or Path(name).exists()
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """Return the device of this name; `auto` is CUDA where there is one.
+
+    Raises:
+        InputError: `cuda` is asked for, and there is none.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():

@@ -11,9 +11,11 @@ from typing import Any
 from kvcomp.core.config import strategy
 from kvcomp.core.errors import KVCompError
 from kvcomp.core.strategy import Strategy
-from kvcomp.lab.answers import Answers, answer
+from kvcomp.lab.answers import answer
+from kvcomp.lab.batches import Batch, QueryMode, make_batches
+from kvcomp.lab.outcomes import Outcome, judge
 from kvcomp.lab.statistics import mean, wilson
-from kvcomp.lab.tasks import Sample, Task
+from kvcomp.lab.tasks import Task
 from kvcomp.lab.testbed import LoadedTestbed
 from kvcomp.lab.timing import decode_seconds
 
@@ -78,31 +80,24 @@ class Results:
 class _Tally:
     """What one strategy has shown so far on one task."""
 
-    predictions: list[str] = field(default_factory=list)
-    right: int = 0
-    kv_bytes: int = 0
-    rho: list[list[float | None]] = field(default_factory=list)  # per layer, one entry per sample
+    outcomes: list[Outcome] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
-    def add(self, task: Task, samples: Sequence[Sample], answers: Answers) -> None:
-        self.predictions += answers.predictions
-        self.right += sum(map(task.exact_match, answers.predictions, samples))
-        self.kv_bytes += answers.report.allocated_bytes
-        self.rho = self.rho or [[] for _ in answers.report.layers]
-        for seen, layer in zip(self.rho, answers.report.layers, strict=True):
-            seen += layer.rho
+    @property
+    def predictions(self) -> list[str]:
+        return [seen.prediction for seen in self.outcomes]
 
     def row(self, strategy: Strategy, task: Task, reference: _Tally) -> Row:
-        samples = len(self.predictions)
+        samples, right = len(self.outcomes), sum(seen.exact_match for seen in self.outcomes)
         return Row(
             recipe=strategy.name,
             budget=budget_of(strategy),
             task=task.name,
-            exact_match=self.right / samples,
-            ci=wilson(self.right, samples),
-            kv_bytes=self.kv_bytes / samples,
+            exact_match=right / samples,
+            ci=wilson(right, samples),
+            kv_bytes=mean(seen.kv_bytes for seen in self.outcomes) or 0.0,
             decode_ratio=_ratio(self.seconds, reference.seconds),
-            rho=tuple(mean(layer) for layer in self.rho),
+            rho=tuple(mean(layer) for layer in zip(*(seen.rho for seen in self.outcomes), strict=True)),
         )
 
 
@@ -172,30 +167,29 @@ class Comparison:
     def run(self, on_step: OnStep = lambda done: None) -> Results:
         """Return the results; `on_step` is told what is being run, before each step."""
         for task in self.tasks:
-            for samples in self._batches(task):
-                self._answer(task, samples, on_step)
+            for batch in self._batches(task):
+                self._answer(task, batch, on_step)
         order = random.Random(self.seed)
         for task in self.tasks:
             for index in range(self.timed):
                 self._time(task, index, order, on_step)
         return Results(tuple(self._rows()), tuple(self._agreement()), tuple(self._skipped()))
 
-    def _batches(self, task: Task) -> Iterator[list[Sample]]:
-        for start in range(0, self.samples, self.batch):
-            yield [task.sample(self.split, index) for index in range(start, min(start + self.batch, self.samples))]
+    def _batches(self, task: Task) -> Iterator[Batch]:
+        samples = [task.sample(self.split, index) for index in range(self.samples)]
+        return make_batches(self.bed, task.name, samples, self.batch, QueryMode.question_seen)
 
-    def _answer(self, task: Task, samples: Sequence[Sample], on_step: OnStep) -> None:
-        inputs = self.bed.encode(samples)
+    def _answer(self, task: Task, batch: Batch, on_step: OnStep) -> None:
         for number, chosen in enumerate(self.strategies):
             on_step(f"{task.name}: {chosen.name} at {chosen.budget}")
             if number in self._failures:
                 continue
             try:
-                answers = answer(self.bed, inputs, chosen, self.max_new_tokens)
+                answers = answer(batch, chosen, max_new_tokens=self.max_new_tokens)
             except KVCompError as error:
                 self._failures[number] = str(error)
             else:
-                self._tallies[number, task.name].add(task, samples, answers)
+                self._tallies[number, task.name].outcomes += judge(task, batch, answers, QueryMode.question_seen)
 
     def _time(self, task: Task, index: int, order: random.Random, on_step: OnStep) -> None:
         on_step(f"{task.name}: decode time")

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from kvcomp.lab.compare import Comparison, Results
+from kvcomp.lab.compare import Comparison, Results, budget_of
+from kvcomp.lab.evaluation import FIELDS as EVALUATION_FIELDS
+from kvcomp.lab.evaluation import Evaluation, TaskResult
 from kvcomp.lab.statistics import mean
 
 Document = dict[str, Any]
@@ -42,6 +44,33 @@ def make_document(comparison: Comparison, results: Results, seconds: float) -> D
         "batch": comparison.batch,
         "max_new_tokens": comparison.max_new_tokens,
         "seed": comparison.seed,
+        **_circumstances(seconds),
+    }
+
+
+def make_evaluation_document(evaluation: Evaluation, results: Sequence[TaskResult], seconds: float) -> Document:
+    """Return the results of an evaluation, and what it takes to find them again."""
+    made = evaluation.strategy
+    return {
+        "tasks": [result.to_dict() for result in results],
+        "fields": EVALUATION_FIELDS,
+        "model": evaluation.bed.name,
+        "strategy": made.dump(),
+        "budget": budget_of(made) if made.selector else 1.0,
+        "query_mode": str(evaluation.mode),
+        "turns": made.turns,
+        "metrics": "all" if evaluation.forced else "plain",
+        "split": evaluation.split,
+        "samples": evaluation.samples,
+        "batch": evaluation.batch,
+        "max_new_tokens": evaluation.max_new_tokens,
+        **_circumstances(seconds),
+    }
+
+
+def _circumstances(seconds: float) -> Document:
+    """Return how long it took, on what."""
+    return {
         "seconds": round(seconds, 1),
         "hardware_threads": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),

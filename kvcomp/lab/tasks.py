@@ -68,6 +68,16 @@ class Task(ABC):
     metric: str = "exact match"  # what `score` measures
     size: int | None = None  # how many samples there are; None where there is always one more
 
+    @property
+    def id(self) -> str:
+        """Return the name without the prefix that tells whose task it is: `recall` of `mini/recall`."""
+        return self.name.rpartition("/")[2]
+
+    @property
+    def hard(self) -> bool:
+        """Return whether this is the harder variant of another task, asked only by name: its own ends with `_hard`."""
+        return self.name.endswith("_hard")
+
     @abstractmethod
     def sample(self, split: str, index: int) -> Sample:
         """Return the sample with this index in a split (`train`, `test`, ...)."""

@@ -5,15 +5,15 @@ from pathlib import Path
 
 from kvcomp.core.hookspecs import hookimpl
 from kvcomp.lab.tasks import Task
-from kvcomp.minimile.tasks import TASKS
+from kvcomp.minimile.tasks import HARD_TASKS, TASKS
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
 
 @hookimpl
 def kvcomp_tasks() -> Sequence[Task]:
-    """Return the tasks."""
-    return TASKS
+    """Return the ten tasks and their hard variants."""
+    return (*TASKS, *HARD_TASKS)
 
 
 @hookimpl

@@ -1,19 +1,25 @@
-"""Turn a training checkpoint into a Hugging Face folder: float16 weights, processor, model card, log."""
+"""Turn a training checkpoint into a Hugging Face folder: float16 weights, processor, model card, records, log."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
-from kvcomp.minimile.evaluation import evaluate
+from kvcomp.lab.controls import find_method
+from kvcomp.lab.evaluation import Evaluation, TaskResult
+from kvcomp.lab.records import TaskRecord, write_records
+from kvcomp.lab.testbed import load_testbed
+from kvcomp.minimile.curriculum import LEARNED, PASS
 from kvcomp.minimile.processor import build_processor
-from kvcomp.minimile.tasks import TASKS
-from kvcomp.minimile.training import LAST_PASS, PASS, Progress, Run
+from kvcomp.minimile.tasks import HARD_TASKS, TASKS
+from kvcomp.minimile.training import Progress, Run
 from kvcomp.minimile.vocabulary import IM_END, PAD, TOKEN_IDS
 
 CARD = """\
@@ -33,8 +39,8 @@ words.
 
 Greedy `generate` in float32 on the split `{split}`, which training never saw.
 
-| task | exact match | samples | prompt tokens (least, mean, most) |
-|---|---|---|---|
+| task | exact match | 95 % interval | samples | prompt tokens (least, mean, most) | learned |
+|---|---|---|---|---|---|
 {rows}
 
 ## Recipe
@@ -60,9 +66,7 @@ The processor class is `PaddleOCRVLProcessor` with Qwen2-VL's image processor: t
 """
 
 
-def export(
-    checkpoint: Path, folder: Path, split: str = "test", samples: int = 300, note: str = ""
-) -> list[dict[str, Any]]:
+def export(checkpoint: Path, folder: Path, split: str = "test", samples: int = 300, note: str = "") -> list[TaskResult]:
     """Write the folder, load it back as any user would, measure it, and return the measurements."""
     run = Run.load(checkpoint)
     model = run.model.eval().to(torch.float16)
@@ -76,19 +80,33 @@ def export(
     )
     model.save_pretrained(folder)
     build_processor().save_pretrained(folder)
-    results = [evaluate(folder, task, split, samples) for task in TASKS]
+    results = measure(folder, split, samples)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     (folder / "README.md").write_text(write_card(run.progress, parameters, split, results) + note)
     write_log(folder / "training_log.json", run.progress, results)
     return results
 
 
-def write_card(progress: Progress, parameters: int, split: str, results: list[dict[str, Any]]) -> str:
+def measure(folder: Path, split: str, samples: int) -> list[TaskResult]:
+    """Return how the model in a folder answers every task with the full cache, and write `tasks.json` beside it."""
+    evaluation = Evaluation(load_testbed(folder), find_method("full"), samples=samples, split=split)
+    tasks = (*TASKS, *HARD_TASKS)
+    records: dict[str, TaskRecord] = {}
+    results = []
+    for task in tasks:
+        result = evaluation.run(task)
+        records[task.id] = result.record(task)
+        results.append(replace(result, learned=records[task.id].learned))
+    write_records(folder, records)
+    return results
+
+
+def write_card(progress: Progress, parameters: int, split: str, results: Sequence[TaskResult]) -> str:
     """Return the model card."""
     rows = "\n".join(
-        "| `{task}` | {exact_match:.1%} | {samples} | {least}, {mean}, {most} |".format(
-            **result, **result["prompt_tokens"]
-        )
+        f"| `{result.task}` | {result.exact_match:.1%} | {result.ci[0]:.1%} to {result.ci[1]:.1%} | {result.samples} | "
+        f"{result.prompt_tokens['least']}, {result.prompt_tokens['mean']:.1f}, {result.prompt_tokens['most']} | "
+        f"{'yes' if result.learned else 'no'} |"
         for result in results
     )
     return CARD.format(
@@ -100,14 +118,15 @@ def write_card(progress: Progress, parameters: int, split: str, results: list[di
         steps=progress.step,
         minutes=progress.seconds / 60,
         gate=PASS,
-        last_gate=LAST_PASS,
+        last_gate=LEARNED,
     )
 
 
-def write_log(path: Path, progress: Progress, results: list[dict[str, Any]]) -> None:
+def write_log(path: Path, progress: Progress, results: Sequence[TaskResult]) -> None:
     """Write the training log, one line to a report."""
     lines = ",\n".join(json.dumps(line) for line in progress.log)
-    path.write_text(f'{{"seed": {progress.seed}, "results": {json.dumps(results)}, "log": [\n{lines}\n]}}\n')
+    measured = json.dumps([result.to_dict() for result in results])
+    path.write_text(f'{{"seed": {progress.seed}, "results": {measured}, "log": [\n{lines}\n]}}\n')
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -120,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     note = "\n" + options.note.read_text() if options.note else ""
     for result in export(options.checkpoint, options.folder, samples=options.samples, note=note):
-        print(json.dumps(result))  # noqa: T201 - a command prints its result
+        print(json.dumps(result.to_dict()))  # noqa: T201 - a command prints its result
 
 
 if __name__ == "__main__":

@@ -8,10 +8,15 @@ from typer.testing import CliRunner
 
 import kvcomp
 from kvcomp.cli import app
+from kvcomp.cli.demo import RECIPES as HEADLINE
+from kvcomp.cli.demo import choose_tasks, recipe_names
+from kvcomp.core.errors import InputError
 from kvcomp.core.registry import registry
 from kvcomp.lab import Sample, Task
+from kvcomp.lab.records import TaskRecord
 from kvcomp.minimile.model import build_model
 from kvcomp.minimile.processor import build_processor
+from kvcomp.minimile.tasks import TASKS
 
 RECIPES = ("flowmm", "random", "streaming-llm")
 
@@ -30,6 +35,10 @@ class Other(Colour):
     name = "small/other"
 
 
+class Slow(Colour):
+    name = "small/slow_hard"
+
+
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     """A package that brings a testbed and two tasks for it."""
@@ -40,7 +49,7 @@ def bench(tmp_path_factory):
     class Plugin:
         @kvcomp.hookimpl
         def kvcomp_tasks(self):
-            return [Colour(), Other()]
+            return [Colour(), Other(), Slow()]
 
         @kvcomp.hookimpl
         def kvcomp_testbeds(self):
@@ -134,6 +143,7 @@ def test_the_summary_has_a_line_per_recipe_and_budget(bench, tmp_path):
     [
         (["--testbed", "untraned"], "no testbed named 'untraned'. Did you mean 'untrained'?"),
         (["--recipe", "flowm"], "no recipe named 'flowm'. Did you mean 'flowmm'?"),
+        (["--task", "othr"], "no task named 'othr'. Did you mean 'other'?"),
     ],
 )
 def test_unknown_names_exit_with_2(bench, tmp_path, arguments, message):
@@ -150,3 +160,35 @@ def test_an_output_folder_that_cannot_be_made_exits_with_2(bench, tmp_path):
     )
     assert result.exit_code == 2
     assert "--out must be a folder that can be made" in result.stderr
+
+
+def records(*learned):
+    record = TaskRecord(exact_match=0.5, ci=(0.4, 0.6), samples=9, reference_tokens=40, learned=False)
+    return {task.id: record.model_copy(update={"learned": task.id in learned}) for task in TASKS}
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ({}, ["text_needle", "recall", "clevr_change"]),
+        (records("alfred", "clevr_change", "order", "recall"), ["recall", "clevr_change", "alfred"]),
+        (records("order"), ["order"]),
+    ],
+)
+def test_the_headline_is_three_tasks_that_the_testbed_has_learned(known, expected):
+    assert [task.id for task in choose_tasks(None, "minimile-xs", known)] == expected
+
+
+def test_a_testbed_that_has_learned_nothing_needs_chosen_tasks():
+    with pytest.raises(InputError, match="has learned none of its tasks; choose some with --task"):
+        choose_tasks(None, "minimile-xs", records())
+    assert [task.id for task in choose_tasks(["order", "mini/recall_hard"], "minimile-xs", records())] == [
+        *("order", "recall_hard")
+    ]
+
+
+def test_the_headline_of_recipes_does_not_grow_with_what_is_installed():
+    names = recipe_names(None)
+    assert names[0] == "full"
+    assert set(names[1:]) == set(HEADLINE) & {entry.name for entry in registry.entries("recipe")}
+    assert recipe_names(["flowmm-no-gate", "full"]) == ["full", "flowmm-no-gate"]

@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
-import torch
-import torch.nn.functional as F
-from models import image_inputs, tiny_qwen_vl
-from torch import Tensor
+from PIL import Image
 
 from kvcomp.lab import LoadedTestbed, Sample, Task
+from kvcomp.lab.codec import Codec
+from kvcomp.lab.tasks import Span
 from kvcomp.lab.threads import torch_threads
+from kvcomp.minimile.model import build_model
+from kvcomp.minimile.processor import build_processor
+
+NAMES = ("lisbon", "oslo", "rome", "lima")
 
 
 class Echo(Task):
-    """Asks for a number. Samples with an odd index have one image more, so that batches are padded."""
+    """Asks for a number. Samples with an odd index have one image more, so that batches are padded, and every third
+    question is one word longer.
+    """
 
     def __init__(self, name: str = "fake/echo") -> None:
         self.name = name
 
     def sample(self, split: str, index: int) -> Sample:
-        return Sample((f"{split} {index}",), "which ?", str(index))
-
-
-def encode(samples: Sequence[Sample]) -> dict[str, Tensor]:
-    rows = [image_inputs(images=3 + int(sample.answer) % 2, seed=int(sample.answer)) for sample in samples]
-    longest = max(row["input_ids"].shape[1] for row in rows)
-    batch = {
-        name: torch.cat([F.pad(row[name], (longest - row[name].shape[1], 0)) for row in rows])
-        for name in ("input_ids", "attention_mask", "mm_token_type_ids")
-    }
-    return batch | {name: torch.cat([row[name] for row in rows]) for name in ("pixel_values", "image_grid_thw")}
-
-
-def decode(ids: Tensor) -> list[str]:
-    return [" ".join(map(str, row)) for row in ids.tolist()]
+        images = 3 + index % 2
+        parts = [
+            (name, Image.new("RGB", (56, 56), (40 * index % 256, 60 * place, 90))) for place, name in enumerate(NAMES)
+        ]
+        context = tuple(part for pair in parts[:images] for part in pair)
+        return Sample(
+            context,
+            "number of lisbon ?" if index % 3 else "number of lisbon lisbon ?",
+            f"lisbon {index} .",
+            evidence=(Span(2), Span(3, 1, 3)),
+            slots=(1,),
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def bed() -> LoadedTestbed:
-    return LoadedTestbed("tiny", tiny_qwen_vl(), encode, decode)
+    return LoadedTestbed("tiny", build_model(0).eval(), Codec(build_processor()))
 
 
 @pytest.fixture

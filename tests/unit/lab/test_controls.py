@@ -1,0 +1,95 @@
+"""The controls: what each keeps, and how they are found."""
+
+import pytest
+import torch
+
+import kvcomp
+from kvcomp.core.errors import ConfigError, IgnoredSettingWarning, UnknownNameError
+from kvcomp.core.registry import registry
+from kvcomp.lab.answers import answer
+from kvcomp.lab.batches import QueryMode, make_batches
+from kvcomp.lab.controls import CONTROLS, KeepEvidence, Method, NoContext, Oracle, find_method
+from kvcomp.testing import make_sample, view_for
+
+
+def kept(bed, method, samples):
+    """Return the batch, and the positions that the first layer keeps for each row and KV head."""
+    (batch,) = make_batches(bed, "s", samples, len(samples), QueryMode.question_seen)
+    indices = answer(batch, method.strategy_for(batch)).held.indices[0]
+    return batch, [[[index for index in head.tolist() if index >= 0] for head in row] for row in indices]
+
+
+def test_the_oracle_keeps_the_evidence_and_the_latest_tokens(bed, echo):
+    samples = [echo().sample("s", number) for number in (0, 1, 2)]
+    batch, rows = kept(bed, find_method("oracle", "8t"), samples)
+    for row, heads in enumerate(rows):
+        tokens, evidence = int(batch.inputs["attention_mask"][row].sum()), batch.evidence[row]
+        assert heads == [[*evidence, *range(tokens - 8 + len(evidence), tokens)]] * 2
+
+
+def test_recency_keeps_the_latest_tokens(bed, echo):
+    batch, rows = kept(bed, find_method("recency", "8t"), [echo().sample("s", number) for number in (0, 1)])
+    for row, heads in enumerate(rows):
+        tokens = int(batch.inputs["attention_mask"][row].sum())
+        assert heads == [list(range(tokens - 8, tokens))] * 2
+
+
+def test_evidence_beyond_the_budget_loses_its_first_tokens(bed, echo):
+    batch, rows = kept(bed, find_method("oracle", "2t"), [echo().sample("s", 1)])
+    assert rows == [[list(batch.evidence[0][-2:])] * 2]
+
+
+def test_no_context_asks_the_question_alone(bed, echo):
+    method, sample = find_method("no-context"), echo().sample("s", 1)
+    asked = method.ask(sample)
+    assert (asked.context, asked.question, asked.answer, asked.evidence) == ((), sample.question, sample.answer, ())
+    assert bed.encode([asked])["input_ids"].shape[1] == 2 + 4 + 3
+    assert method.strategy.selector is None
+
+
+def test_evidence_is_protected_beside_what_the_scorer_protects():
+    view = view_for(kvcomp.strategy("streaming-llm"), make_sample(seed=0, lengths=[9, 6]))
+    scorer = kvcomp.strategy("streaming-llm", **{"scorer.sinks": 1}).scorer
+    part = KeepEvidence(scorer=scorer, evidence=((3, 5), (4,)))
+    slots = torch.tensor([5, 5])
+    protected = [view.indices[row][part.protect(view, slots)[row]].unique().tolist() for row in range(2)]
+    assert protected == [[0, 3, 5], [0, 4]]
+    assert torch.equal(part.score(view, slots), scorer.score(view, slots))
+    assert part.observations() == scorer.observations()
+
+
+def test_recipes_come_before_controls_and_files_are_read(tmp_path):
+    class Plugin:
+        @kvcomp.hookimpl
+        def kvcomp_recipes(self):
+            return [{"name": "oracle", "budget": 0.3, "scorer": {"use": "random"}, "selector": "top-k"}]
+
+    registry.register(Plugin(), "clever-plugin")
+    try:
+        assert type(find_method("oracle")) is Method
+        assert find_method("oracle").strategy.scorer.use == "random"
+    finally:
+        registry.unregister("clever-plugin")
+    assert isinstance(find_method("oracle"), Oracle)
+    assert isinstance(find_method("no-context"), NoContext)
+    file = tmp_path / "mine.yaml"
+    file.write_text("scorer: {use: position, sinks: 2}\nselector: top-k\n")
+    assert find_method(str(file), 0.5).strategy.name == "mine"
+    assert find_method(file, 0.5, **{"scorer.sinks": 3}).strategy.scorer.sinks == 3
+
+
+def test_faults_are_errors_with_near_misses():
+    with pytest.raises(UnknownNameError, match=r"Did you mean 'oracle'.*no-context.*snapkv"):
+        find_method("oracel")
+    with pytest.raises(ConfigError, match=r"'position' has no field 'sink'. Did you mean 'sinks'"):
+        find_method("oracle", **{"scorer.sink": 3})
+
+
+@pytest.mark.parametrize("name", ["full", "no-context"])
+def test_a_budget_that_is_ignored_warns(name):
+    with pytest.warns(IgnoredSettingWarning, match=f"'{name}' has no selector, so it keeps everything"):
+        find_method(name, 0.2)
+
+
+def test_every_control_can_be_built():
+    assert [find_method(name).strategy.name for name in CONTROLS] == list(CONTROLS)
