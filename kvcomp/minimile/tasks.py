@@ -68,6 +68,7 @@ class MiniTask(Task):
         asked = [question for question in story.questions if question.kind == kind]
         if held_out or self.grid:
             asked = [question for question in asked if 0 in question.items] or asked
+        asked = [question for question in asked if not story.answerable_late(question)] or asked
         return story.sample(rng.choice(asked), depth)
 
 
