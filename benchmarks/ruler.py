@@ -119,6 +119,7 @@ def measured(bed: Any, task: Task, cell: Cell, samples: int, split: str) -> dict
         "samples": result.samples,
         "exact_match": round(result.exact_match, 4),
         "ci": [round(bound, 4) for bound in result.ci],
+        "chance": getattr(task, "chance", None),
         "slots": round(result.slots, 1),
     }
 
