@@ -353,25 +353,27 @@ class IEdit(Pairs):
         return Pair(images, said, (before, after))
 
 
-class Alfred(Pairs):
-    """Plan the steps of the agent, a white frame, to the goal, the horizontal one first."""
+class Alfred(MiniTask):
+    """Plan the steps of the agent, a white frame, to a goal in one of sixteen rooms, the horizontal one first."""
 
     name = "mini/alfred"
-    kinds, ask = ("plan",), "plan of"
+    kinds = ("plan",)
     chance = 1 / 8
-    pairs = 14
 
-    def pair(self, rng: Random, things: int, *, held_out: bool) -> Pair:
-        """Return the goal and what the agent sees, and the plan."""
-        scene = _scene(rng, things, held_out=held_out)
-        agent = rng.choice([cell for cell in range(CELLS) if cell not in scene])
-        cell, goal = rng.choice(list(scene.items()))
-        steps = []
-        if cell % 2 != agent % 2:
-            steps.append("right" if cell % 2 else "left")
-        if cell // 2 != agent // 2:
-            steps.append("down" if cell // 2 else "up")
-        return Pair((str(goal), draw_walk(rng, agent, scene)), " ".join(steps), (scene,))
+    def compose(self, rng: Random, size: float, *, held_out: bool = False, depth: float | None = None) -> Story:
+        """Return rooms of three things and the agent, filler."""
+        items: list[Item] = []
+        questions: list[Question] = []
+        for number, name in enumerate(rng.sample(NAMES, _scaled(16, size))):
+            room = _scene(rng, 1 if size < 0.1 else 3, held_out=held_out and number == 0)
+            agent = rng.choice([cell for cell in range(CELLS) if cell not in room])
+            items.append((name, draw_walk(rng, agent, room)))
+            questions += [
+                Question("plan", "plan of", f"{thing} in {name}", _steps(agent, cell), (number,))
+                for cell, thing in room.items()
+            ]
+            questions += _captions(name, [room], number)
+        return _story(rng, items, questions, self.tokens * size, depth)
 
 
 TASKS: tuple[MiniTask, ...] = (
@@ -442,6 +444,16 @@ def _things(rng: Random, count: int, *, held_out: bool) -> list[Thing]:
     """Return things that are all different, with `held_out` one of `HELD_OUT` first."""
     things = rng.sample(THINGS, count)
     return [rng.choice(HELD_OUT), *things[1:]] if held_out else things
+
+
+def _steps(agent: int, goal: int) -> str:
+    """Return the steps from one cell to another, the horizontal one first."""
+    steps = []
+    if goal % 2 != agent % 2:
+        steps.append("right" if goal % 2 else "left")
+    if goal // 2 != agent // 2:
+        steps.append("down" if goal // 2 else "up")
+    return " ".join(steps)
 
 
 def _captions(name: str, scenes: Sequence[Mapping[int, Thing]], item: int) -> list[Question]:
