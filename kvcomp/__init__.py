@@ -32,6 +32,7 @@ from kvcomp.core.interfaces import (
     SlotStorage,
     Store,
 )
+from kvcomp.core.rotary import Rotary
 from kvcomp.core.strategy import Strategy
 from kvcomp.core.types import (
     Assignment,
@@ -80,6 +81,7 @@ __all__ = [
     "Pivots",
     "PluginWarning",
     "Report",
+    "Rotary",
     "Rule",
     "Scorer",
     "Scores",

@@ -28,6 +28,10 @@ STATE = (
     "forwards",
     "carried",
     "memory",
+    "log",
+    "steps",
+    "prompt",
+    "rotary",
     "compressions",
 )
 
