@@ -112,11 +112,28 @@ def windowed(kernel: int) -> Callable[[Head, int], None]:
     return keep
 
 
+def tova(heads: list[Head], slots: int) -> None:
+    """What the latest query looks at, mean over all query heads: one choice for all KV heads."""
+    rows = [row for head in heads for row in head.rows(head.seen - 1)]
+    scores = {place: sum(row[place] for row in rows) / len(rows) for place in heads[0].kept}
+    for head in heads:
+        head.keep(oracles.best(scores, slots))
+
+
+def each(method: Callable[[Head, int], None]) -> Callable[[list[Head], int], None]:
+    def keep(heads: list[Head], slots: int) -> None:
+        for head in heads:
+            method(head, slots)
+
+    return keep
+
+
 METHODS = {
-    "h2o": ({}, h2o),
-    "streaming-llm": ({}, streaming),
-    "snapkv": ({}, windowed(kernel=5)),
-    "flowmm": ({"matcher": "none", "merger": "drop"}, windowed(kernel=1)),
+    "h2o": ({}, each(h2o)),
+    "streaming-llm": ({}, each(streaming)),
+    "tova": ({}, tova),
+    "snapkv": ({}, each(windowed(kernel=5))),
+    "flowmm": ({"matcher": "none", "merger": "drop"}, each(windowed(kernel=1))),
 }
 
 
@@ -124,7 +141,7 @@ class Simulation:
     """All heads of one row, compressed at the end of a forward of several tokens and as the trigger says."""
 
     def __init__(
-        self, model: PreTrainedModel, ids: Tensor, method: Callable[[Head, int], None], slots: Callable
+        self, model: PreTrainedModel, ids: Tensor, method: Callable[[list[Head], int], None], slots: Callable
     ) -> None:
         queries, keys = queries_and_keys(model, ids)
         self.heads = [Head(queries[kv * GROUP : (kv + 1) * GROUP], keys[kv]) for kv in range(len(keys))]
@@ -146,9 +163,8 @@ class Simulation:
         if tokens == 1 and not due:
             return
         self.since = 0
-        for head in self.heads:
-            if len(head.kept) > slots:
-                self.method(head, slots)
+        if len(self.heads[0].kept) > slots:
+            self.method(self.heads, slots)
 
 
 BUDGETS = {

@@ -77,7 +77,7 @@ def test_every_recipe_that_can_decodes_within_its_budget(recipe: str, trigger: o
     with kvcomp.compress(model, strategy) as cache:
         generate(model, rows, cache, 17)
     layers = cache.report().layers
-    most = (20, 12) if trigger == "over-budget" else (65 * 2 // 5, 45 * 2 // 5)
+    most = (20, 12) if trigger == "over-budget" else (65 * 2 // 5 + 1, 45 * 2 // 5 + 1)  # 65 tokens, then one more
     for row, slots in enumerate(most):
         assert sum(layer.slots[row] for layer in layers) <= len(layers) * slots
     for layer in layers:
