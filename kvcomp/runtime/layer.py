@@ -153,7 +153,7 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
             return
         if self.forwards:
             raise UnsupportedUseError("the cache has deferred its compression; call cache.finish() before cropping it")
-        if self.trimmed and self.steps == 0:
+        if self.trimmed and torch.equal(self.tokens + self.tail, self.prompt):
             raise UnsupportedUseError(
                 "tokens were removed right after they were compressed, as assisted and prompt-lookup decoding do; they "
                 "do not work with a compressed cache"

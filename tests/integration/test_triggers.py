@@ -307,3 +307,16 @@ def test_a_trigger_without_a_selector_is_ignored_with_a_warning() -> None:
 def test_the_default_is_the_end_of_the_prefill() -> None:
     assert kvcomp.strategy("h2o").trigger == Trigger()
     assert kvcomp.strategy("h2o").dump()["trigger"] == "prefill-end"
+
+
+def test_a_cache_that_compresses_at_every_token_can_be_cropped() -> None:
+    model, inputs = tiny_llama(), text_inputs(40)
+    with kvcomp.compress(model, "streaming-llm", budget=0.5, trigger="over-budget") as cache, torch.no_grad():
+        model(**inputs, past_key_values=cache)
+        with pytest.raises(kvcomp.UnsupportedUseError, match="right after they were compressed"):
+            cache.crop(-1)
+        decode(model, cache, [5, 6, 7])
+        cache.crop(-2)
+        assert cache.layers[0].indices[0, 0, -2:].tolist() == [39, 40]
+        decode(model, cache, [8, 9, 10])
+    assert cache.layers[0].indices[0, 0].tolist() == [0, 1, 2, 3, *range(28, 44)]
