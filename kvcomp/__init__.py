@@ -33,6 +33,7 @@ from kvcomp.core.interfaces import (
     SlotStorage,
     Store,
 )
+from kvcomp.core.rotary import Rotary
 from kvcomp.core.strategy import Strategy
 from kvcomp.core.types import (
     Assignment,
@@ -82,6 +83,7 @@ __all__ = [
     "Pivots",
     "PluginWarning",
     "Report",
+    "Rotary",
     "Rule",
     "Scorer",
     "Scores",

@@ -25,7 +25,7 @@ class AttentionInputs:
     Attributes:
         queries: `(batch, heads, queries, head_dim)`, after rotary embedding.
         keys: `(batch, kv_heads, tokens, head_dim)`, likewise.
-        query_columns: `(queries,)` int64, the column (padding counted) of each query.
+        query_columns: `(queries,)` or `(batch, queries)` int64, the column (padding counted) of each query.
         key_columns: `(batch or 1, kv_heads or 1, tokens)` int64.
         query_modality, query_valid: `(batch, queries)` int8 and bool.
         modality, valid: of the keys, `(batch, kv_heads, tokens)` int8 and bool.
@@ -124,7 +124,8 @@ def _masked(inputs: AttentionInputs, logits: Tensor, rows: Tensor) -> Tensor:
     if inputs.mask is None:
         group = logits.shape[1] // inputs.key_columns.shape[1] if inputs.key_columns.shape[1] > 1 else 1
         key_columns = inputs.key_columns[..., :seen].repeat_interleave(group, dim=1)[:, :, None]
-        hidden = key_columns > inputs.query_columns[rows][:, None, :, None]  # (batch, heads, rows, keys)
+        query_columns = inputs.query_columns.expand(rows.shape[0], -1).gather(1, rows)
+        hidden = key_columns > query_columns[:, None, :, None]  # (batch, heads, rows, keys)
         return logits.masked_fill_(hidden, lowest)
     mask = inputs.mask.expand(rows.shape[0], -1, -1, -1)
     mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1]))

@@ -32,6 +32,8 @@ class Part(BaseModel, ABC):
     use: ClassVar[str] = ""
     requires: ClassVar[frozenset[str]] = frozenset()
     provides: ClassVar[frozenset[str]] = frozenset()
+    rotary: ClassVar[bool] = False  # reads `layer.rotary`
+    prefill_only: ClassVar[str] = ""  # why the part cannot compress again while tokens are decoded; empty where it can
 
     def __init_subclass__(cls, use: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -77,6 +79,13 @@ class Observation(Part):
 
     kind = "observation"
     carried: ClassVar[bool] = False  # a per-token sum that is kept for surviving slots and added to in later turns
+
+    @property
+    def latest(self) -> int | None:
+        """Return how many of the latest valid queries it looks at, however many compressions ago they were; None where
+        it looks at all queries since the last compression.
+        """
+        return None
 
     def rows(self, valid: Tensor, modality: Tensor) -> Tensor | None:
         """Return which queries are needed: `(batch, rows)` int64, ascending, -1 for none; None for all of them.

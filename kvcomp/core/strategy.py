@@ -22,6 +22,7 @@ from kvcomp.core.interfaces import (
     Scorer,
     Store,
 )
+from kvcomp.core.trigger import PREFILL_END, Trigger
 from kvcomp.core.types import CompressedLayer, LayerView, MergePlan, Scores
 
 Turns = Literal["recompress", "append"]
@@ -38,6 +39,7 @@ class Strategy:
         mass_preserving: add log(count) to the logits of a slot, so that it weighs as much as the tokens it stands for.
         turns: `recompress` (the budget is of all tokens seen) or `append` (what comes after the first compression
             stays).
+        trigger: when to compress while tokens are decoded.
     """
 
     name: str
@@ -51,9 +53,11 @@ class Strategy:
     selector: PivotSelector | None = None
     mass_preserving: bool = False
     turns: Turns = "recompress"
+    trigger: Trigger = PREFILL_END
 
     def __post_init__(self) -> None:
-        if self.selector is not None and (faults := conflicts(self.parts)):
+        faults = [] if self.selector is None else conflicts(self.parts)
+        if faults := faults + trigger_conflicts(self.parts, self.trigger, self.turns):
             raise ConfigError(faults, source=f"strategy {self.name!r}")
 
     @property
@@ -77,11 +81,22 @@ class Strategy:
             return ()
         return tuple(dict.fromkeys(seen for part in self.parts for seen in part.observations()))
 
+    @property
+    def reads_rotary(self) -> bool:
+        """Return whether a part, or a part inside one, reads `layer.rotary`."""
+        return self.selector is not None and any(member.rotary for part in self.parts for member in part.family())
+
+    @property
+    def recompresses(self) -> bool:
+        """Return whether anything is compressed while tokens are decoded."""
+        return self.trigger.decoding and self.selector is not None and self.budget.ratio != 1
+
     def dump(self) -> dict[str, Any]:
         """Return the strategy as its file holds it; `kvcomp.strategy` reads it back to an equal one."""
         document: dict[str, Any] = {"name": self.name, "budget": self.budget.dump()}
         document |= {part.kind: part.dump() for part in self.parts}
-        return document | {"mass_preserving": self.mass_preserving, "turns": self.turns}
+        settings = {"mass_preserving": self.mass_preserving, "turns": self.turns, "trigger": self.trigger.dump()}
+        return document | settings
 
     def slots(self, tokens: Tensor, slot_bytes: int) -> Tensor:
         """Return the uniform share of the budget, `(batch,)`; all tokens where there is no selector. See
@@ -93,6 +108,7 @@ class Strategy:
         """Return the importance and the protection of each token. `slots` is the uniform share, `(batch,)`."""
         slots = self._share(layer) if slots is None else slots
         self._check_observed(layer)
+        self._check_rotary(layer)
         protected = torch.zeros_like(layer.valid)
         if self.scorer is None:
             return Scores(torch.zeros(layer.shape, device=layer.keys.device), protected)
@@ -145,6 +161,7 @@ class Strategy:
             return CompressedLayer(
                 layer.keys, layer.values, *everything, mask=None if layer.valid.all() else layer.valid
             )
+        self._check_rotary(layer)
         pivots = plan.pivots
         keys, values, counts = self.merger.merge(layer, pivots, plan.assignment)
         empty = ~pivots.filled()
@@ -164,6 +181,13 @@ class Strategy:
             raise UnsupportedUseError(
                 f"strategy {self.name!r} reads attention statistics that the view does not hold: {', '.join(missing)}; "
                 "kvcomp.core.attention.observe(inputs, strategy.observations) computes them"
+            )
+
+    def _check_rotary(self, layer: LayerView) -> None:
+        if self.reads_rotary and layer.rotary is None:
+            raise UnsupportedUseError(
+                f"strategy {self.name!r} turns keys back to before their rotary embedding, so the view must have "
+                "`rotary`, a kvcomp.Rotary with the cos and sin of every token; got None"
             )
 
     def _share(self, layer: LayerView) -> Tensor:
@@ -195,3 +219,18 @@ def conflicts(parts: Sequence[Part]) -> list[str]:
         for part in members
         for need in sorted(part.requires - provided)
     ]
+
+
+def trigger_conflicts(parts: Sequence[Part], trigger: Trigger, turns: str) -> list[str]:
+    """Return a fault for everything that cannot go together with compressing while tokens are decoded."""
+    if not trigger.decoding:
+        return []
+    members = [member for part in parts for member in (*part.family(), *part.observations())]
+    faults = [
+        f"trigger: {part.kind} {part.use!r} cannot compress again while tokens are decoded: {part.prefill_only}"
+        for part in dict.fromkeys(members)
+        if part.prefill_only
+    ]
+    if turns == "append":
+        faults.append(f"trigger: {trigger} compresses what turns: append says must stay; choose one of them")
+    return faults

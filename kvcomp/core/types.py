@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvcomp.core.rotary import Rotary
+
 
 class Modality(IntEnum):
     """What a token came from."""
@@ -71,6 +73,7 @@ class LayerView:
         layers: number of layers in the model.
         observations: the statistics that the parts declared, by declaration.
         memory: `(batch, ...)`, the `Assignment.memory` of the last compression of this layer; None before the first.
+        rotary: how each key was rotated; None unless a part of the strategy reads it (`Part.rotary`).
 
     The tensors of shape `(batch, kv_heads, tokens)` are expanded views (stride 0) as long as the heads agree.
     """
@@ -86,6 +89,7 @@ class LayerView:
     layers: int = 1
     observations: Mapping[Any, Tensor] = field(default_factory=dict)
     memory: Tensor | None = None
+    rotary: Rotary | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -16,6 +17,7 @@ from kvcomp.core.types import LayerView, Scores
 from kvcomp.runtime.adapter import ModelAdapter
 from kvcomp.runtime.layer import CompressedCacheLayer
 from kvcomp.runtime.report import Report, report_layer, storage_bytes
+from kvcomp.runtime.rotary import RotaryColumns
 from kvcomp.runtime.snapshots import Snapshot
 from kvcomp.runtime.turns import next_turn_arguments
 
@@ -56,6 +58,8 @@ class CompressedCache(Cache):
         self.attached = attached
         self.defer = defer
         self.reserve = reserve
+        self.reads_rotary, self.recompresses = strategy.reads_rotary, strategy.recompresses
+        self.rotary_start = RotaryColumns()
         self.compressed_layers: dict[int, CompressedCacheLayer] = {
             number: CompressedCacheLayer(weakref.proxy(self), place, len(full)) for place, number in enumerate(full)
         }
@@ -136,6 +140,7 @@ class CompressedCache(Cache):
             recipe=self.strategy.name,
             budget=str(self.strategy.budget) if self.strategy.selector else "1",
             turns=self.strategy.turns,
+            trigger=str(self.strategy.trigger),
             layers=layers,
             untouched=tuple(number for number in range(len(self.layers)) if number not in self.compressed_layers),
             allocated_bytes=allocated,
@@ -178,6 +183,12 @@ class CompressedCache(Cache):
             positions = positions[None] if positions.dim() == 2 else positions[-3:]
             self._check_positions(positions)
         self._positions = positions
+
+    def note_rotary(self, module: nn.Module, embeddings: Any) -> None:
+        """Take note of the rotary embeddings that the attention module of a layer was given."""
+        number = int(module.layer_idx)  # type: ignore[arg-type]
+        if (layer := self.compressed_layers.get(number)) is not None:
+            layer.note_rotary(module, embeddings)
 
     def _check_positions(self, positions: Tensor) -> None:
         """Raise where several new tokens all lie before what the cache has seen: they belong to another prompt."""
@@ -232,6 +243,25 @@ class CompressedCache(Cache):
             self._waiting.append((layer, *prepared))
         if layer.number == layer.layers - 1 and self._waiting:
             self._trim_together()
+
+    def compress_decoded(self, layer: CompressedCacheLayer) -> None:
+        """Compress all layers again once the last one's attention has seen a decoded token, where the trigger says
+        so: a budget is of all layers, which may share it unevenly.
+        """
+        if layer.number < layer.layers - 1:
+            return
+        layers = list(self.compressed_layers.values())
+        due = self._is_due(layers)
+        for member in layers:
+            if due:
+                self.compress_after(member)
+            else:
+                member.fold()
+
+    def _is_due(self, layers: list[CompressedCacheLayer]) -> bool:
+        if self.strategy.trigger.every is not None:
+            return layers[0].steps >= self.strategy.trigger.every
+        return bool((torch.stack([layer.excess() for layer in layers]).sum(dim=0) > 0).any())
 
     def _trim_together(self) -> None:
         layers, views, scores = zip(*self._waiting, strict=True)

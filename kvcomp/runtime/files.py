@@ -16,13 +16,16 @@ from kvcomp.core.errors import InputError, UnsupportedUseError
 from kvcomp.core.interfaces import Observation
 from kvcomp.core.registry import registry
 from kvcomp.runtime.cache import CompressedCache
+from kvcomp.runtime.decoding import QueryLog
 from kvcomp.runtime.layer import CompressedCacheLayer
+from kvcomp.runtime.rotary import Layout, RotaryColumns
 from kvcomp.runtime.slots import SlotTable
 from kvcomp.version import __version__
 
 FORMAT = "kvcomp-cache-1"
 TABLE = ("indices", "columns", "counts", "modality", "positions", "mask")
-NUMBERS = ("seen", "trimmed", "seconds", "compressions")
+ROTARY = ("cos", "sin")
+NUMBERS = ("seen", "trimmed", "seconds", "compressions", "steps")
 
 
 def save_cache(cache: CompressedCache, path: Path) -> None:
@@ -42,8 +45,11 @@ def save_cache(cache: CompressedCache, path: Path) -> None:
     for number, layer in cache.compressed_layers.items():
         tensors |= {f"{number}.{name}": tensor.contiguous().clone() for name, tensor in _tensors(layer).items()}
         carried = [observation.dump() for observation in layer.carried]
-        layers.append({name: getattr(layer, name) for name in NUMBERS} | {"carried": carried})
+        layers.append(
+            {name: getattr(layer, name) for name in NUMBERS} | {"carried": carried, "log": layer.log.dump()[1]}
+        )
     header = {"format": FORMAT, "kvcomp": __version__, "strategy": cache.strategy.dump(), "layers": layers}
+    header["rotary"] = _save_rotary(list(cache.compressed_layers.values()), tensors)
     header["shape"] = _shape(next(iter(cache.compressed_layers.values())))
     save_file(tensors, path, metadata={"kvcomp": json.dumps(header)})
 
@@ -66,6 +72,7 @@ def fill_cache(cache: CompressedCache, path: Path, model: Any) -> None:
         prefix = f"{number}."
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         _fill(layer, numbers, own)
+    _fill_rotary(list(cache.compressed_layers.values()), header["rotary"], tensors)
 
 
 def saved_strategy(path: Path) -> Any:
@@ -92,6 +99,7 @@ def _tensors(layer: CompressedCacheLayer) -> dict[str, Tensor]:
     assert table is not None
     keys, values = layer.storage.read()
     found = {"keys": keys, "values": values, "tokens": layer.tokens + layer.tail, "rho": layer.rho}
+    found |= {f"log.{name}": entry for name, entry in layer.log.dump()[0].items()} | {"prompt": layer.prompt}
     found |= {f"table.{name}": getattr(table, name) for name in TABLE}
     if table.columns is table.indices:
         del found["table.columns"]
@@ -107,6 +115,8 @@ def _fill(layer: CompressedCacheLayer, numbers: dict[str, Any], tensors: dict[st
     table["columns"] = table["indices"] if table["columns"] is None else table["columns"]
     layer.table = SlotTable(**table)  # type: ignore[arg-type]
     layer.tokens = tensors["tokens"].cpu()
+    log = {name.removeprefix("log."): entry for name, entry in tensors.items() if name.startswith("log.")}
+    layer.prompt, layer.log = tensors["prompt"].cpu(), QueryLog.load(log, numbers["log"])
     layer.next_positions, layer.rho = tensors.get("next_positions"), tensors.get("rho")
     layer.memory = tensors.get("memory")
     for name in NUMBERS:
@@ -115,6 +125,27 @@ def _fill(layer: CompressedCacheLayer, numbers: dict[str, Any], tensors: dict[st
     layer.holds_padding = tensors.get("table.mask") is not None
     if layer.trimmed and layer.holds_padding:
         layer.keep_slots(tensors["table.mask"])  # the file holds heads padded to the longest
+
+
+def _save_rotary(layers: list[CompressedCacheLayer], tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """Add the rotary embeddings to the tensors, once for all layers that share them, and return who they belong to."""
+    shared = dict.fromkeys(layer.rotary for layer in layers if layer.rotary is not None)
+    for place, columns in enumerate(shared):
+        tensors |= {
+            f"rotary.{place}.{name}": part.contiguous() for name, part in zip(ROTARY, columns.joined(), strict=True)
+        }
+    return [
+        {"layout": columns.layout, "layers": [place for place, layer in enumerate(layers) if layer.rotary is columns]}
+        for columns in shared
+    ]
+
+
+def _fill_rotary(layers: list[CompressedCacheLayer], shared: list[dict[str, Any]], tensors: dict[str, Tensor]) -> None:
+    for place, owner in enumerate(shared):
+        cos, sin = (tensors[f"rotary.{place}.{name}"] for name in ROTARY)
+        columns = RotaryColumns(((cos, sin),), Layout(*owner["layout"]))
+        for layer in owner["layers"]:
+            layers[layer].rotary = columns
 
 
 def _observation(spec: dict[str, Any]) -> Observation:

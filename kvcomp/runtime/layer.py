@@ -7,16 +7,19 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from kvcomp.core.errors import UnsupportedUseError
+from kvcomp.core.errors import UnsupportedModelError, UnsupportedUseError
 from kvcomp.core.interfaces import Observation
 from kvcomp.core.packed import PackedSlots
+from kvcomp.core.rotary import Rotary
 from kvcomp.core.strategy import Strategy
 from kvcomp.core.types import LayerView, Pivots, Scores
-from kvcomp.runtime.forward import Forward, Logits, observe_forwards
+from kvcomp.runtime.decoding import FOLD
+from kvcomp.runtime.forward import Forward, Logits
 from kvcomp.runtime.masks import over_sequences, over_slots, row_validity, with_mass
+from kvcomp.runtime.rotary import RotaryColumns
 from kvcomp.runtime.slots import PackedTable, SlotTable, gather_heads, padded
 from kvcomp.runtime.state import LayerState
 
@@ -29,6 +32,9 @@ class Request(Protocol):
     strategy: Strategy
     defer: bool
     reserve: int | None
+    reads_rotary: bool
+    recompresses: bool
+    rotary_start: RotaryColumns  # without a column, the same for all layers
 
     def check_in_use(self) -> None:
         """Raise where the cache may not be written to."""
@@ -38,6 +44,11 @@ class Request(Protocol):
 
     def compress_after(self, layer: CompressedCacheLayer) -> None:
         """Compress a layer whose attention has run, or all layers if it is the last and the budget spans the model."""
+
+    def compress_decoded(self, layer: CompressedCacheLayer) -> None:
+        """Compress all layers again if this is the last and the strategy's trigger says so after one more decoded
+        token.
+        """
 
     def finish(self) -> None:
         """Compress everything that was deferred."""
@@ -103,7 +114,7 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
             self.lazy_initialization(key_states, value_states)
         self.storage.append(key_states, value_states)
         self.seen += new
-        if new > 1 or self.held_table is None:
+        if new > 1 or self.held_table is None or self.request.recompresses:
             self.arrived = new
         else:
             self.tail += 1
@@ -146,7 +157,7 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
             return
         if self.forwards:
             raise UnsupportedUseError("the cache has deferred its compression; call cache.finish() before cropping it")
-        if self.trimmed and self.tail == 0:
+        if self.trimmed and torch.equal(self.tokens + self.tail, self.prompt):
             raise UnsupportedUseError(
                 "tokens were removed right after they were compressed, as assisted and prompt-lookup decoding do; they "
                 "do not work with a compressed cache"
@@ -158,8 +169,11 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         kept = self.table
         assert kept is not None
         self.tokens = self.tokens + self.tail - removed
+        self.prompt, self.steps = self.prompt.minimum(self.tokens), max(0, self.steps - removed)
+        self.log = self.log.before(target)
         if upcoming is not None:
             self.next_positions = upcoming - removed if removed <= self.tail else kept.positions_at(target)
+        self.rotary = None if self.rotary is None else self.rotary.first(target)
         self.tail, self.seen = 0, target
 
     def offload(self) -> None:
@@ -170,7 +184,13 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         """Move keys and values back to the layer's device."""
         self.move(self.device)
 
-    # --- what the attention function asks ---
+    # --- what the attention module's hook and the attention function ask ---
+
+    def note_rotary(self, module: nn.Module, embeddings: Any) -> None:
+        """Take note of the rotary embeddings of the tokens of this forward, where something will look at them."""
+        if self._reads_rotary:
+            before = self.request.rotary_start if self.rotary is None else self.rotary
+            self.rotary = before.extend(module, embeddings)
 
     def only_causal(self, mask: Tensor | None) -> bool:
         """Return whether a query sees every slot before it and nothing weighs them, given transformers' mask."""
@@ -215,19 +235,50 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         """Take note of what the attention saw of the tokens that just arrived, then compress, unless that is
         deferred.
         """
+        if self.arrived == 1 and self.held_table is not None:
+            self._decoded(queries, logits)
+            return
         modality, positions = self.request.arriving()
         valid = row_validity(mask, queries.shape[0], self.arrived)
-        forward = Forward(queries, slot_mask, self.seen - self.arrived, valid, modality, logits)
+        columns = torch.arange(self.seen - self.arrived, self.seen, device=queries.device)
+        forward = Forward(queries, slot_mask, columns, valid, modality, logits)
         self.forwards = (*self.forwards, forward)
         self.take_in(queries.shape[0], valid, modality, positions)
         if not self.request.defer:
             self.request.compress_after(self)
 
+    def _decoded(self, queries: Tensor, logits: Logits) -> None:
+        """Take note of one decoded token, then compress where it is time."""
+        self.tail, self.arrived, self.steps = self.tail + 1, 0, self.steps + 1
+        if self.request.strategy.observations:
+            self.log = self.log.add(queries, self.seen, logits)
+        self.request.compress_decoded(self)
+
     # --- compression ---
+
+    def excess(self) -> Tensor:
+        """Return by how many slots each row holds more than its budget, over all heads, `(batch,)` on the CPU."""
+        table = self.held_table
+        assert table is not None
+        held = table.indices.shape[-1] * self.kv_heads if table.mask is None else table.mask.sum(dim=(1, 2)).cpu()
+        return held + (self.tail - self.share()) * self.kv_heads
+
+    def fold(self) -> None:
+        """Add what decoded tokens attended to to the sums that are carried, once there are enough of them."""
+        observations = self.request.strategy.observations
+        summed = [observation for observation in observations if observation.carried]
+        if len(self.log.decoded) < FOLD or any(
+            observation.latest is None for observation in observations if not observation.carried
+        ):
+            return
+        self.take_in_tail()
+        seen = self._observe(summed, self.storage.read()[0], self.whole_table())
+        self.carried, self.log = {name: seen[name] for name in summed}, self.log.keep((), self._remembered())
 
     def prepare(self) -> tuple[LayerView, Scores] | None:
         """Return the view and the scores to allocate by, None where nothing is to be trimmed."""
         started = time.perf_counter()
+        self.take_in_tail()
         strategy = self.request.strategy
         prepared = None
         if strategy.turns == "append" and self.compressions:
@@ -238,7 +289,9 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
             self._view = self._make_view(strategy.observations)
             self._scores = strategy.scores(self._view, self.share())
             prepared = self._view, self._scores
-        self.forwards = ()
+        if self.request.recompresses:
+            self.log = self.log.keep(self.forwards, self._remembered())
+        self.forwards, self.steps = (), 0
         self.compressions += 1
         self.seconds += time.perf_counter() - started
         return prepared
@@ -266,6 +319,7 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         self.table = SlotTable.of(layer, plan.pivots.gather(table.columns) if padded else None)
         self.storage.replace(layer.keys, layer.values, layer.mask)
         self._carry(view, plan.pivots)
+        self.rotary = self.rotary if self._reads_rotary else None
         self._view = self._scores = None
         self.seconds += time.perf_counter() - started
 
@@ -277,8 +331,13 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         return not self.trimmed and self.held_table.mask is None and bool((self.share() >= self.tokens).all())
 
     def share(self) -> Tensor:
-        """Return the uniform share of the budget, `(batch,)` on the CPU: of all tokens seen."""
-        return self.request.strategy.slots(self.tokens, self.layers * self.kv_heads * self.slot_bytes)
+        """Return the uniform share of the budget, `(batch,)` on the CPU: of all tokens seen; with the trigger
+        over-budget, a ratio is of those that its last forward of several tokens had seen.
+        """
+        strategy = self.request.strategy
+        resolved = strategy.trigger.over_budget and strategy.budget.ratio is not None
+        tokens = self.prompt if resolved else self.tokens + self.tail
+        return strategy.slots(tokens, self.layers * self.kv_heads * self.slot_bytes)
 
     def bookkeeping(self) -> list[Tensor]:
         """Return every tensor that the layer keeps beside keys and values."""
@@ -299,10 +358,6 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         table = self.table
         assert table is not None
         keys, values = self.storage.read()
-        seen = observe_forwards(self.forwards, keys, table, observations)
-        for observation, sums in self.carried.items():
-            if observation in seen:
-                seen[observation] = seen[observation] + padded(sums, table.slots)
         return LayerView(
             keys=keys,
             values=values,
@@ -313,9 +368,50 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
             positions=table.positions,
             layer=self.number,
             layers=self.layers,
-            observations=seen,
+            observations=self._observe(observations, keys, table),
             memory=self.memory,
+            rotary=self._rotary(table) if self.request.reads_rotary else None,
         )
+
+    def _observe(
+        self, observations: Sequence[Observation], keys: Tensor, table: SlotTable
+    ) -> dict[Observation, Tensor]:
+        """Return the observations over the queries since the last compression, with what was carried.
+
+        Args:
+            observations: what is wanted.
+            keys: of all slots, `(batch, kv_heads, slots, head_dim)`.
+            table: of all slots.
+        """
+        mass = self.request.strategy.mass_preserving
+        seen = self.log.observe(self.forwards, keys, table, observations, mass)
+        for observation, sums in self.carried.items():
+            if observation in seen:
+                seen[observation] = seen[observation] + padded(sums, table.slots)
+        return seen
+
+    def _remembered(self) -> int:
+        """Return how many of the latest queries a later compression looks at."""
+        return max((observation.latest or 0 for observation in self.request.strategy.observations), default=0)
+
+    @property
+    def _reads_rotary(self) -> bool:
+        return self.request.reads_rotary and not (self.request.strategy.turns == "append" and self.compressions)
+
+    def _rotary(self, table: SlotTable) -> Rotary:
+        """Return how the keys of all slots were rotated.
+
+        Raises:
+            UnsupportedModelError: the attention module was not given the embeddings of every column.
+        """
+        known = 0 if self.rotary is None else self.rotary.columns
+        if self.rotary is None or known != self.seen:
+            raise UnsupportedModelError(
+                f"strategy {self.request.strategy.name!r} turns keys back to before their rotary embedding, so every "
+                f"attention module must be given position_embeddings; layer {self.number} was given those of {known} "
+                f"of {self.seen} tokens. Use a merger that does not turn keys back, such as pivot-mean"
+            )
+        return self.rotary.at(table.columns)
 
     def _carry(self, view: LayerView, pivots: Pivots) -> None:
         """Keep the sums of the surviving slots, `(batch, heads, slots)`."""

@@ -47,6 +47,7 @@ class Report:
         recipe: name of the strategy.
         budget: as the strategy was given it.
         turns: `recompress` or `append`.
+        trigger: when tokens are compressed while they are decoded.
         layers: the compressed layers.
         untouched: numbers of the layers that are not full attention and were left alone.
         allocated_bytes: keys and values in filled slots.
@@ -59,6 +60,7 @@ class Report:
     recipe: str
     budget: str
     turns: str
+    trigger: str
     layers: tuple[LayerReport, ...]
     untouched: tuple[int, ...]
     allocated_bytes: int

@@ -29,6 +29,10 @@ STATE = (
     "forwards",
     "carried",
     "memory",
+    "log",
+    "steps",
+    "prompt",
+    "rotary",
     "compressions",
 )
 

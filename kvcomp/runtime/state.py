@@ -9,6 +9,8 @@ from torch import Tensor
 
 from kvcomp.core.interfaces import Observation, SlotStorage
 from kvcomp.core.types import Pivots
+from kvcomp.runtime.decoding import QueryLog
+from kvcomp.runtime.rotary import RotaryColumns
 from kvcomp.runtime.slots import PackedTable, SlotTable, gather_heads, new_tokens, padded, positions_after
 
 
@@ -39,6 +41,10 @@ class LayerState:
         self.holds_padding = False  # some slot of the storage is that of a padding token
         self.carried: Mapping[Observation, Tensor] = {}  # (batch, heads, slots) each, of the slots in the table
         self.memory: Tensor | None = None  # (batch, ...), what the matcher left at the last compression
+        self.log = QueryLog()  # of queries that compressions while decoding look at
+        self.steps = 0  # tokens decoded since the last compression
+        self.prompt = self.tokens  # valid tokens of each row at the end of the last forward of several, on the CPU
+        self.rotary: RotaryColumns | None = None  # of all columns seen, where the strategy reads it
 
     # --- reading ---
 
@@ -88,9 +94,11 @@ class LayerState:
     def bookkeeping(self) -> list[Tensor]:
         """Return every tensor that the layer keeps beside keys and values."""
         tensors = [] if self.held_table is None else list(self.held_table.tensors())
-        tensors += [tensor for tensor in (self.tokens, self.next_positions, self.memory) if tensor is not None]
+        tensors += [self.tokens, self.prompt]
+        tensors += [tensor for tensor in (self.next_positions, self.memory) if tensor is not None]
         tensors += [packed.layout.ends] if (packed := self.storage.packed()) else []
-        return [*tensors, *self.carried.values()]
+        tensors += [] if self.rotary is None else self.rotary.tensors()
+        return [*tensors, *self.log.tensors(), *self.carried.values()]
 
     def whole_table(self, arrived: bool = True) -> SlotTable:
         """Return the table with the tail, and with the tokens that just arrived, which only a mask may ask for."""
@@ -147,8 +155,15 @@ class LayerState:
         self.table = arrived if first else self.whole_table(arrived=False).extend(arrived)
         self.tokens = before + (self.arrived if valid is None else valid.sum(dim=1).cpu())
         self.next_positions = None if positions is None else positions_after(positions, batch)
+        self.prompt = self.tokens
         self.tail = self.arrived = 0
         self.holds_padding |= valid is not None
+
+    def take_in_tail(self) -> None:
+        """Move the tail into the table."""
+        if self.tail:
+            self.table, self.next_positions = self.whole_table(arrived=False), self.upcoming_positions()
+            self.tokens, self.tail = self.tokens + self.tail, 0
 
     def keep_slots(self, stays: Tensor) -> None:
         """Hold the slots that stay, `(batch, kv_heads, slots)` of all slots, and nothing else."""
@@ -170,10 +185,12 @@ class LayerState:
         self.storage.select(here)
         table = self.table
         self.table = None if table is None else table.map(lambda entry: entry.index_select(0, here))
-        self.tokens = self.tokens.index_select(0, rows.cpu())
+        self.tokens, self.prompt = (tokens.index_select(0, rows.cpu()) for tokens in (self.tokens, self.prompt))
+        self.log = self.log.rows(here)
         self.next_positions = None if self.next_positions is None else self.next_positions.index_select(1, here)
         self.carried = {seen: sums.index_select(0, here) for seen, sums in self.carried.items()}
         self.memory = None if self.memory is None else self.memory.index_select(0, here)
+        self.rotary = None if self.rotary is None else self.rotary.rows(rows)
 
     def move(self, device: torch.device) -> None:
         """Move keys and values to a device."""

@@ -10,11 +10,13 @@ from einops import rearrange
 from torch import Tensor
 
 from kvcomp.core.attention import AttentionInputs
+from kvcomp.core.rotary import Rotary
 from kvcomp.core.types import LayerView, Modality
 
 FILLS = ("normal", "zero", "equal", "extreme", "mixed")
 PER_TOKEN = ("modality", "valid", "indices", "counts")
 RUN_LENGTH = 6  # longest run of one modality
+ROTARY_BASE = 1e4
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +78,14 @@ class Sample:
             positions=self.indices.clamp(min=0)[None],
             layer=self.layer,
             layers=self.layers,
+            rotary=self.rotary(),
         )
+
+    def rotary(self) -> Rotary:
+        """Return rotations by the place of each token, of all coordinates but the last two."""
+        pairs = max(1, self.keys.shape[-1] // 2 - 1)
+        angles = self.indices.clamp(min=0)[..., None] * ROTARY_BASE ** -(torch.arange(pairs) / pairs)
+        return Rotary(angles.cos(), angles.sin())
 
     def rows(self, order: Sequence[int]) -> Sample:
         """Return these rows of the batch, in this order."""

@@ -26,6 +26,7 @@ from kvcomp_strategies.mergers.importance_weighted import ImportanceWeighted
 from kvcomp_strategies.mergers.mean import Mean
 from kvcomp_strategies.mergers.pivot_mean import PivotMean
 from kvcomp_strategies.mergers.sum import Sum
+from kvcomp_strategies.mergers.unrotated import Unrotated
 from kvcomp_strategies.mergers.values_only import ValuesOnly
 from kvcomp_strategies.mergers.weighted import Weighted
 from kvcomp_strategies.observations.cross_modal_flow import CrossModalFlow
@@ -92,6 +93,7 @@ PARTS: tuple[type[Part], ...] = (
     ImportanceWeighted,
     Gaussian,
     Sum,
+    Unrotated,
     ValuesOnly,
     Dense,
     Ragged,
