@@ -43,6 +43,7 @@ from kvcomp.core.types import (
     MergePlan,
     Modality,
     Pivots,
+    Repeat,
     Rule,
     Scores,
 )
@@ -81,6 +82,7 @@ __all__ = [
     "PivotSelector",
     "Pivots",
     "PluginWarning",
+    "Repeat",
     "Report",
     "Rule",
     "Scorer",

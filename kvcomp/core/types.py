@@ -55,6 +55,21 @@ class AttentionBlock:
     valid: Tensor
 
 
+@dataclass(frozen=True)
+class Repeat:
+    """How the context is fed to the model once more, for a statistic of a second pass.
+
+    Attributes:
+        chunk: tokens that are fed at a time.
+        overlap: tokens before each later chunk that are fed again with it, so that its first tokens have a context.
+        instruction: token ids that are fed before every chunk.
+    """
+
+    chunk: int
+    overlap: int = 0
+    instruction: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class LayerView:
     """What one layer holds when it is compressed: the slots of earlier compressions, then the new tokens.
@@ -71,6 +86,8 @@ class LayerView:
         layers: number of layers in the model.
         observations: the statistics that the parts declared, by declaration.
         memory: `(batch, ...)`, the `Assignment.memory` of the last compression of this layer; None before the first.
+        output: the output projection W_O of each query head, `(heads, hidden, head_dim)`, aliasing the model's weight;
+            None where the model's adapter cannot tell it.
 
     The tensors of shape `(batch, kv_heads, tokens)` are expanded views (stride 0) as long as the heads agree.
     """
@@ -86,6 +103,7 @@ class LayerView:
     layers: int = 1
     observations: Mapping[Any, Tensor] = field(default_factory=dict)
     memory: Tensor | None = None
+    output: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:

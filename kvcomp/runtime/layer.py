@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from kvcomp.core.errors import UnsupportedUseError
@@ -15,18 +15,23 @@ from kvcomp.core.interfaces import Observation
 from kvcomp.core.packed import PackedSlots
 from kvcomp.core.strategy import Strategy
 from kvcomp.core.types import LayerView, Pivots, Scores
+from kvcomp.runtime.adapter import ModelAdapter, per_head
 from kvcomp.runtime.forward import Forward, Logits, observe_forwards
 from kvcomp.runtime.masks import over_sequences, over_slots, row_validity, with_mass
+from kvcomp.runtime.packed import can_attend, own_slots
 from kvcomp.runtime.slots import PackedTable, SlotTable, gather_heads, padded
 from kvcomp.runtime.state import LayerState
 
 LAYER_ATTRIBUTE = "kvcomp_layer"  # how the attention function finds the layer that its keys came from
+
+PackedAttention = tuple[PackedSlots, Tensor | None, Sequence[Tensor | None]]
 
 
 class Request(Protocol):
     """What a layer asks of the cache that it belongs to."""
 
     strategy: Strategy
+    adapter: ModelAdapter
     defer: bool
     reserve: int | None
 
@@ -37,7 +42,9 @@ class Request(Protocol):
         """Return modality `(batch, tokens)` and positions `(axes, batch, tokens)` of the tokens of this forward."""
 
     def compress_after(self, layer: CompressedCacheLayer) -> None:
-        """Compress a layer whose attention has run, or all layers if it is the last and the budget spans the model."""
+        """Compress a layer whose attention has run: now, with all others once the last one's has, or after a second
+        pass.
+        """
 
     def finish(self) -> None:
         """Compress everything that was deferred."""
@@ -62,7 +69,11 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         self.hold_nothing(self.request.strategy.store.open(self.request.reserve))
         self.rho: Tensor | None = None  # (batch,), of the last compression
         self.seconds = 0.0
-        self.forwards: tuple[Forward, ...] = ()  # seen by attention and not yet compressed
+        self.forwards: tuple[Forward, ...] = ()  # seen by attention and not yet observed
+        self.observed: Mapping[Observation, Tensor] | None = None  # of forwards that are not yet compressed
+        self.repeated: Mapping[Observation, Tensor] = {}  # of a second pass over them
+        self.alive: Tensor | None = None  # (batch, kv_heads, slots), what the last round of a second pass attended to
+        self.output: Tensor | None = None  # W_O while a compression waits
         self.compressions = 0
         self._view: LayerView | None = None
         self._scores: Scores | None = None
@@ -97,8 +108,6 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
                 "that it was made for, and inside its block"
             )
         new = key_states.shape[2]
-        if new == 1 and self.forwards:
-            self.request.finish()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.storage.append(key_states, value_states)
@@ -129,7 +138,7 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         """Hold these rows of the batch, `(rows,)` int64, in this order."""
         if not self.is_initialized:
             return
-        if self.forwards:  # beams are reordered right after the prefill
+        if self.pending:  # beams are reordered right after the prefill
             self.request.finish()
         super().keep_rows(rows)
         self.rho = None if self.rho is None else self.rho.index_select(0, rows.to(self.rho.device))
@@ -144,7 +153,7 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         target = self.seen + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
         if target >= self.seen or not self.is_initialized:
             return
-        if self.forwards:
+        if self.pending:
             raise UnsupportedUseError("the cache has deferred its compression; call cache.finish() before cropping it")
         if self.trimmed and self.tail == 0:
             raise UnsupportedUseError(
@@ -171,6 +180,24 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         self.move(self.device)
 
     # --- what the attention function asks ---
+
+    def packed(self, base: str, query: Tensor, mask: Tensor | None) -> PackedAttention | None:
+        """Return the slots as they lie in memory if attention can run over them so, with the mask over all slots (None
+        where it is not needed) and that of each (row, KV head) over its own, given transformers' mask over columns.
+        """
+        slots = self.storage.packed()
+        if slots is None or not can_attend(base, query, slots, self.only_causal(mask)):
+            return None
+        slot_mask = self.slot_mask(mask, query) if query.shape[2] > 1 or self.holds_padding else None
+        return (
+            slots,
+            slot_mask,
+            self.head_masks(mask, slots, query) if slot_mask is None else own_slots(slot_mask, slots),
+        )
+
+    def unpacked(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of all slots, given what `update` returned."""
+        return (keys, values) if self.storage.packed() is None else self.storage.read()
 
     def only_causal(self, mask: Tensor | None) -> bool:
         """Return whether a query sees every slot before it and nothing weighs them, given transformers' mask."""
@@ -211,7 +238,9 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         counts = table.counts if self.request.strategy.mass_preserving else None
         return over_sequences(mask, table.columns, counts, sizes, slots.layout.kv_heads, tail, query.dtype)
 
-    def attended(self, queries: Tensor, mask: Tensor | None, slot_mask: Tensor | None, logits: Logits) -> None:
+    def attended(
+        self, module: nn.Module, queries: Tensor, mask: Tensor | None, slot_mask: Tensor | None, logits: Logits
+    ) -> None:
         """Take note of what the attention saw of the tokens that just arrived, then compress, unless that is
         deferred.
         """
@@ -219,29 +248,59 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         valid = row_validity(mask, queries.shape[0], self.arrived)
         forward = Forward(queries, slot_mask, self.seen - self.arrived, valid, modality, logits)
         self.forwards = (*self.forwards, forward)
+        self.output = per_head(self.request.adapter.output_projection(module), queries.shape[1])
         self.take_in(queries.shape[0], valid, modality, positions)
         if not self.request.defer:
             self.request.compress_after(self)
 
     # --- compression ---
 
+    @property
+    def pending(self) -> bool:
+        """Return whether tokens wait for their compression."""
+        return bool(self.forwards) or self.observed is not None
+
+    def wanted(self) -> tuple[Observation, ...]:
+        """Return the statistics that the next compression reads."""
+        strategy = self.request.strategy
+        if self.overfull:
+            return strategy.observations
+        if strategy.selector is None or self._stays():
+            return ()
+        return tuple(dict.fromkeys((*strategy.policy.observations(), *self._later())))
+
+    @property
+    def overfull(self) -> bool:
+        """Return whether the next compression has something to trim."""
+        return self.request.strategy.selector is not None and not self._stays() and not self._everything_fits()
+
+    def observe(self) -> None:
+        """Take the statistics of the forwards themselves, and let go of their queries."""
+        table = self.table
+        assert table is not None
+        wanted = [observation for observation in self.wanted() if observation.repeat() is None]
+        self.observed = observe_forwards(self.forwards, self.storage.read()[0], table, wanted)
+        self.forwards = ()
+
     def prepare(self) -> tuple[LayerView, Scores] | None:
         """Return the view and the scores to allocate by, None where nothing is to be trimmed."""
         started = time.perf_counter()
-        strategy = self.request.strategy
         prepared = None
-        if strategy.turns == "append" and self.compressions:
-            pass  # what comes later stays as it is
+        if self._stays():
+            pass
         elif self._everything_fits():
             self._observe_only()
         else:
-            self._view = self._make_view(strategy.observations)
-            self._scores = strategy.scores(self._view, self.share())
-            prepared = self._view, self._scores
-        self.forwards = ()
+            self._view, self._scores = prepared = self.look(self.share())
+        self.forwards, self.observed, self.repeated, self.alive, self.output = (), None, {}, None, None
         self.compressions += 1
         self.seconds += time.perf_counter() - started
         return prepared
+
+    def look(self, share: Tensor) -> tuple[LayerView, Scores]:
+        """Return the view and the scores at a uniform share, `(batch,)`; nothing is changed."""
+        view = self._make_view()
+        return view, self.request.strategy.scores(view, share)
 
     def trim(self, slots: Tensor | None = None, scores: Scores | None = None) -> None:
         """Compress what `prepare` saw, to `slots` `(batch, kv_heads)` or to what the strategy's allocator gives this
@@ -269,6 +328,10 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         self._view = self._scores = None
         self.seconds += time.perf_counter() - started
 
+    def _stays(self) -> bool:
+        """Return whether what came after the first compression stays as it is."""
+        return self.request.strategy.turns == "append" and self.compressions > 0
+
     def _everything_fits(self) -> bool:
         """Return whether every row may keep all it holds, and holds no padding."""
         if self.request.strategy.selector is None:
@@ -289,20 +352,28 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         strategy = self.request.strategy
         if strategy.selector is None:
             return
-        later = () if strategy.budget.ratio == 1 else tuple(seen for seen in strategy.observations if seen.carried)
-        wanted = tuple(dict.fromkeys((*strategy.policy.observations(), *later)))
-        view = self._make_view(wanted)
+        view = self._make_view()
         self.rho = strategy.policy.plan(view).rho
-        self.carried = {seen: view.observations[seen] for seen in later}
+        self.carried = {seen: view.observations[seen] for seen in self._later()}
 
-    def _make_view(self, observations: tuple[Observation, ...]) -> LayerView:
+    def _later(self) -> tuple[Observation, ...]:
+        """Return the statistics that a later compression joins with its own."""
+        strategy = self.request.strategy
+        if strategy.budget.ratio == 1 or strategy.turns == "append":
+            return ()
+        return tuple(observation for observation in strategy.observations if observation.carried)
+
+    def _make_view(self) -> LayerView:
+        if self.observed is None:
+            self.observe()
         table = self.table
         assert table is not None
+        assert self.observed is not None
         keys, values = self.storage.read()
-        seen = observe_forwards(self.forwards, keys, table, observations)
-        for observation, sums in self.carried.items():
+        seen = {**self.observed, **self.repeated}
+        for observation, before in self.carried.items():
             if observation in seen:
-                seen[observation] = seen[observation] + padded(sums, table.slots)
+                seen[observation] = observation.join(self._still_seen(before), seen[observation])
         return LayerView(
             keys=keys,
             values=values,
@@ -315,12 +386,19 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
             layers=self.layers,
             observations=seen,
             memory=self.memory,
+            output=self.output,
         )
+
+    def _still_seen(self, before: Tensor) -> Tensor:
+        """Return what is carried, `(batch, heads, slots)`, 0 for new tokens and for what a second pass has given up."""
+        assert self.held_table is not None
+        before = padded(before, self.storage.read()[0].shape[2])
+        if self.alive is None:
+            return before
+        return before * self.alive.repeat_interleave(before.shape[1] // self.alive.shape[1], dim=1)
 
     def _carry(self, view: LayerView, pivots: Pivots) -> None:
         """Keep the sums of the surviving slots, `(batch, heads, slots)`."""
         self.carried = {
-            seen: gather_heads(result, pivots)
-            for seen, result in view.observations.items()
-            if seen.carried and self.request.strategy.turns == "recompress"
+            seen: gather_heads(result, pivots) for seen, result in view.observations.items() if seen in self._later()
         }

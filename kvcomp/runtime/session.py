@@ -24,7 +24,7 @@ from kvcomp.runtime.files import fill_cache, saved_strategy
 
 
 class Attachment:
-    """What is changed on one model while at least one session is open: its attention implementation and three hooks."""
+    """What is changed on one model while at least one session is open: its attention implementation and four hooks."""
 
     def __init__(self, model: nn.Module) -> None:
         self.sessions = 0
@@ -40,7 +40,8 @@ class Attachment:
             )
         self.handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(_note_inputs, with_kwargs=True),
-            self.decoder.register_forward_pre_hook(_note_positions, with_kwargs=True),
+            self.decoder.register_forward_pre_hook(_begin_text, with_kwargs=True),
+            self.decoder.register_forward_hook(_end_text, with_kwargs=True),
             model.register_forward_hook(_end_forward, with_kwargs=True),
         ]
 
@@ -172,10 +173,12 @@ def _empty_cache(model: nn.Module, strategy: Strategy, *, defer: bool, reserve: 
     model_config: Any = model.config
     reference = weakref.ref(model)
 
-    def attached() -> bool:
-        return (owner := reference()) is not None and owner in _attachments
+    def decoder() -> Any:
+        owner = reference()
+        attachment = None if owner is None else _attachments.get(owner)
+        return None if attachment is None else attachment.decoder
 
-    return CompressedCache(strategy, model_config, adapter_for(model_config), attached, defer=defer, reserve=reserve)
+    return CompressedCache(strategy, model_config, adapter_for(model_config), decoder, defer=defer, reserve=reserve)
 
 
 def _build(source: Strategy | str | Path | Mapping[str, Any], budget: Any, overrides: dict[str, Any]) -> Strategy:
@@ -232,10 +235,16 @@ def _note_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         cache.note_inputs(inputs)
 
 
-def _note_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _begin_text(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     inputs = _named(module, args, kwargs)
     if cache := _cache_in(inputs):
-        cache.note_positions(inputs)
+        cache.text_begins(inputs)
+
+
+def _end_text(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    inputs = _named(module, args, kwargs)
+    if cache := _cache_in(inputs):
+        cache.text_ended(inputs)
 
 
 def _end_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
