@@ -23,7 +23,6 @@ from kvcomp.runtime.slots import PackedTable, SlotTable, gather_heads, padded
 from kvcomp.runtime.state import LayerState
 
 LAYER_ATTRIBUTE = "kvcomp_layer"  # how the attention function finds the layer that its keys came from
-
 PackedAttention = tuple[PackedSlots, Tensor | None, Sequence[Tensor | None]]
 
 
@@ -189,11 +188,8 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         if slots is None or not can_attend(base, query, slots, self.only_causal(mask)):
             return None
         slot_mask = self.slot_mask(mask, query) if query.shape[2] > 1 or self.holds_padding else None
-        return (
-            slots,
-            slot_mask,
-            self.head_masks(mask, slots, query) if slot_mask is None else own_slots(slot_mask, slots),
-        )
+        masks = self.head_masks(mask, slots, query) if slot_mask is None else own_slots(slot_mask, slots)
+        return slots, slot_mask, masks
 
     def unpacked(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of all slots, given what `update` returned."""
@@ -349,12 +345,10 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
 
     def _observe_only(self) -> None:
         """Measure rho, and what later turns add to, of a layer that keeps everything."""
-        strategy = self.request.strategy
-        if strategy.selector is None:
-            return
-        view = self._make_view()
-        self.rho = strategy.policy.plan(view).rho
-        self.carried = {seen: view.observations[seen] for seen in self._later()}
+        if self.request.strategy.selector is not None:
+            view = self._make_view()
+            self.rho = self.request.strategy.policy.plan(view).rho
+            self.carried = {seen: view.observations[seen] for seen in self._later()}
 
     def _later(self) -> tuple[Observation, ...]:
         """Return the statistics that a later compression joins with its own."""

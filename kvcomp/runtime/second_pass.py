@@ -97,11 +97,15 @@ def _narrow(layers: Sequence[CompressedCacheLayer], share: Tensor) -> None:
     """Leave alive what would be kept at a uniform share, `(batch,)`."""
     strategy = layers[0].request.strategy
     looks = [layer.look(share) for layer in layers]
-    groups = [looks] if strategy.allocator.scope == "model" else [[look] for look in looks]
-    slots = torch.cat([strategy.allocate(share, *zip(*group, strict=True)) for group in groups])
-    for layer, (view, scores), allotted in zip(layers, looks, slots, strict=True):
+    if strategy.allocator.scope == "layer":
+        slots = torch.cat([strategy.allocate(share, [view], [scores]) for view, scores in looks])
+    else:
+        views, scores = zip(*looks, strict=True)
+        looks = list(zip(views, strategy.together(views, scores), strict=True))
+        slots = strategy.allocate(share, *zip(*looks, strict=True))
+    for layer, (view, seen), allotted in zip(layers, looks, slots, strict=True):
         assert strategy.selector is not None
-        pivots = strategy.selector.select(view, strategy.for_slots(view, scores, allotted), allotted)
+        pivots = strategy.selector.select(view, strategy.for_slots(view, seen, allotted), allotted)
         places = pivots.indices.masked_fill(~pivots.filled(), view.shape[2])  # empty slots fall behind the last token
         alive = torch.zeros(*view.shape[:2], view.shape[2] + 1, dtype=torch.bool, device=places.device)
         layer.alive = alive.scatter(2, places, True)[..., :-1]

@@ -66,3 +66,7 @@ class Critical(Scorer, use="critical"):
     def rounds(self, tokens: Tensor, slots: Tensor) -> Sequence[Tensor]:
         """Return the rounds of the scorer inside."""
         return self.scorer.rounds(tokens, slots)
+
+    def together(self, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Sequence[Scores]:
+        """Return the scores of all layers as the scorer inside sees them together."""
+        return self.scorer.together(layers, scores)

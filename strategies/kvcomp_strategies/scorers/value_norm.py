@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kvcomp.core.interfaces import Scorer
-from kvcomp.core.types import LayerView
+from kvcomp.core.types import LayerView, Scores
 from kvcomp_strategies.scorers.reconstruction import Reconstruction
 from kvcomp_strategies.value_norms import AttentionScorer, Norm, projected_norms
 
@@ -52,3 +52,7 @@ class ValueNorm(Scorer, use="value-norm"):
     def rounds(self, tokens: Tensor, slots: Tensor) -> Sequence[Tensor]:
         """Return the rounds of the scorer inside."""
         return self.scorer.rounds(tokens, slots)
+
+    def together(self, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Sequence[Scores]:
+        """Return the scores of all layers as the scorer inside sees them together."""
+        return self.scorer.together(layers, scores)
