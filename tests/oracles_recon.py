@@ -204,12 +204,12 @@ def critical_kept(
     return sorted(recent + chosen + oracles.best(rest, slots - window - len(chosen)))
 
 
-def shared_budget(scores: list[list[list[float]]], slots: int, floor: int) -> list[list[list[int]]]:
-    """What one budget for all layers and heads keeps, `[layer][kv_head]` places: the best `floor` tokens of each head,
-    at least 1, then the best of all others wherever they are.
+def shared_budget(scores: list[list[list[float]]], slots: int, floor: int, sinks: int = 0) -> list[list[list[int]]]:
+    """What one budget for all layers and heads keeps, `[layer][kv_head]` places: the sinks and the best tokens of each
+    head, `floor` in all and at least 1, then the best of all others wherever they are.
     """
     heads = [(layer, head) for layer, found in enumerate(scores) for head in range(len(found))]
-    places = {key: oracles.best(dict(enumerate(scores[key[0]][key[1]])), max(1, floor)) for key in heads}
+    places = {key: kept(scores[key[0]][key[1]], min(slots, max(1, floor, sinks)), sinks) for key in heads}
     rest = {
         (layer, head, token): score
         for layer, head in heads
