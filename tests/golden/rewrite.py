@@ -137,6 +137,7 @@ def reconstructing_row(recipe, groups, keys, values, slots):  # type: ignore[no-
         return [{"kept": places} for places in kept]
     goes = [sorted(set(range(tokens)) - set(places)) for places in kept]
     edges = [[[one, oracles.nearest(one, kept[h], keys[h])] for one in goes[h]] for h in range(KV_HEADS)]
+    edges = [[e for e in edges[h] if oracles.cosine(*keys[h][e]) >= 0.9] for h in range(KV_HEADS)]
     return [{"kept": kept[h], "edges": edges[h]} for h in range(KV_HEADS)]
 
 
