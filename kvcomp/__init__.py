@@ -44,6 +44,7 @@ from kvcomp.core.types import (
     MergePlan,
     Modality,
     Pivots,
+    Repeat,
     Rule,
     Scores,
 )
@@ -82,6 +83,7 @@ __all__ = [
     "PivotSelector",
     "Pivots",
     "PluginWarning",
+    "Repeat",
     "Report",
     "Rotary",
     "Rule",

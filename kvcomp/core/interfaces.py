@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from kvcomp.core.packed import PackedSlots
-from kvcomp.core.types import Assignment, AttentionBlock, LayerPlan, LayerView, Pivots, Scores
+from kvcomp.core.types import Assignment, AttentionBlock, LayerPlan, LayerView, Pivots, Repeat, Scores
 
 
 class Part(BaseModel, ABC):
@@ -75,10 +75,24 @@ class Observation(Part):
 
     Nothing ever holds a tokens x tokens matrix. Equal observations are computed once. Results are per query head, and
     no statistic may mix the rows of a batch.
+
+    The rows are those of the forward itself, or of a second pass (`repeat`), in which the context is fed once more and
+    attends to its own full cache. A statistic of a second pass is per token, `(batch, heads, tokens)`; each chunk of
+    the context gives one, and `join` puts them together.
     """
 
     kind = "observation"
-    carried: ClassVar[bool] = False  # a per-token sum that is kept for surviving slots and added to in later turns
+    carried: ClassVar[bool] = False  # per token, kept for surviving slots and joined with the next turn's
+
+    def repeat(self) -> Repeat | None:
+        """Return how the context is fed once more for this statistic; None where it is of the forward itself."""
+        return None
+
+    def join(self, before: Tensor, now: Tensor) -> Tensor:
+        """Return the statistic of two sets of rows from that of each, `(batch, heads, tokens)`: their sum, unless
+        overridden. What has not been looked at yet is 0.
+        """
+        return before + now
 
     @property
     def latest(self) -> int | None:
@@ -182,6 +196,17 @@ class Scorer(Part):
         others. Called with an allocator of scope `model`; a scorer that needs it requires `all-layers`.
         """
         return scores
+
+    def rounds(self, tokens: Tensor, slots: Tensor) -> Sequence[Tensor]:
+        """Return the shares, `(batch,)` int64 on the CPU each, to which a second pass narrows the cache on its way.
+
+        After each, it runs again and attends only to what would be kept at that share. None by default: it runs once.
+
+        Args:
+            tokens: valid tokens of each row, `(batch,)`.
+            slots: the uniform share per row, `(batch,)`.
+        """
+        return ()
 
     @property
     def protects_by_share(self) -> bool:

@@ -57,6 +57,21 @@ class AttentionBlock:
     valid: Tensor
 
 
+@dataclass(frozen=True)
+class Repeat:
+    """How the context is fed to the model once more, for a statistic of a second pass.
+
+    Attributes:
+        chunk: tokens that are fed at a time.
+        overlap: tokens before each later chunk that are fed again with it, so that its first tokens have a context.
+        instruction: token ids that are fed before every chunk.
+    """
+
+    chunk: int
+    overlap: int = 0
+    instruction: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class LayerView:
     """What one layer holds when it is compressed: the slots of earlier compressions, then the new tokens.
@@ -74,6 +89,8 @@ class LayerView:
         observations: the statistics that the parts declared, by declaration.
         memory: `(batch, ...)`, the `Assignment.memory` of the last compression of this layer; None before the first.
         rotary: how each key was rotated; None unless a part of the strategy reads it (`Part.rotary`).
+        output: the output projection W_O of each query head, `(heads, hidden, head_dim)`, aliasing the model's weight;
+            None where the model's adapter cannot tell it.
 
     The tensors of shape `(batch, kv_heads, tokens)` are expanded views (stride 0) as long as the heads agree.
     """
@@ -90,6 +107,7 @@ class LayerView:
     observations: Mapping[Any, Tensor] = field(default_factory=dict)
     memory: Tensor | None = None
     rotary: Rotary | None = None
+    output: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:

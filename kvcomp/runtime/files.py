@@ -38,7 +38,7 @@ def save_cache(cache: CompressedCache, path: Path) -> None:
         raise UnsupportedUseError("a cache with sliding or linear layers cannot be saved: their state is not kvcomp's")
     if not cache.used:
         raise UnsupportedUseError("the cache is empty: there is nothing to save")
-    if any(layer.forwards for layer in cache.compressed_layers.values()):
+    if any(layer.pending for layer in cache.compressed_layers.values()):
         raise UnsupportedUseError("the cache has deferred its compression; call cache.finish() before saving it")
     tensors: dict[str, Tensor] = {}
     layers: list[dict[str, Any]] = []

@@ -42,7 +42,8 @@ class Attachment:
             )
         self.handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(_note_inputs, with_kwargs=True),
-            self.decoder.register_forward_pre_hook(self._note_positions, with_kwargs=True),
+            self.decoder.register_forward_pre_hook(self._begin_text, with_kwargs=True),
+            self.decoder.register_forward_hook(_end_text, with_kwargs=True),
             model.register_forward_hook(_end_forward, with_kwargs=True),
         ]
 
@@ -52,10 +53,10 @@ class Attachment:
             handle.remove()
         self.decoder.set_attn_implementation(self.base)
 
-    def _note_positions(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = _named(module, args, kwargs)
         if cache := _cache_in(inputs):
-            cache.note_positions(inputs)
+            cache.text_begins(inputs)
             if cache.reads_rotary and not self.watching:
                 self._watch_rotary()
 
@@ -189,10 +190,12 @@ def _empty_cache(model: nn.Module, strategy: Strategy, *, defer: bool, reserve: 
     model_config: Any = model.config
     reference = weakref.ref(model)
 
-    def attached() -> bool:
-        return (owner := reference()) is not None and owner in _attachments
+    def decoder() -> Any:
+        owner = reference()
+        attachment = None if owner is None else _attachments.get(owner)
+        return None if attachment is None else attachment.decoder
 
-    return CompressedCache(strategy, model_config, adapter_for(model_config), attached, defer=defer, reserve=reserve)
+    return CompressedCache(strategy, model_config, adapter_for(model_config), decoder, defer=defer, reserve=reserve)
 
 
 def _build(source: Strategy | str | Path | Mapping[str, Any], budget: Any, overrides: dict[str, Any]) -> Strategy:
@@ -259,6 +262,12 @@ def _note_rotary(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     inputs = _named(module, args, kwargs)
     if cache := _cache_in(inputs):
         cache.note_rotary(module, inputs.get("position_embeddings"))
+
+
+def _end_text(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    inputs = _named(module, args, kwargs)
+    if cache := _cache_in(inputs):
+        cache.text_ended(inputs)
 
 
 def _end_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

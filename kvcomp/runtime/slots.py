@@ -124,6 +124,11 @@ class PackedTable:
     positions: tuple[Tensor, ...]
     mask: Tensor
 
+    @property
+    def slots(self) -> int:
+        """Return the number of slots of the longest head."""
+        return self.mask.shape[2]
+
     @classmethod
     def of(cls, table: SlotTable) -> PackedTable:
         """Return a table whose mask is not None, packed."""

@@ -32,12 +32,14 @@ from kvcomp_strategies.mergers.weighted import Weighted
 from kvcomp_strategies.observations.cross_modal_flow import CrossModalFlow
 from kvcomp_strategies.observations.post_vision import PostVisionSums
 from kvcomp_strategies.observations.received_attention import ReceivedSums
+from kvcomp_strategies.observations.reconstruction import LargestReceived
 from kvcomp_strategies.observations.row_entropy import RowEntropy
 from kvcomp_strategies.observations.sparsity import Sparsity
 from kvcomp_strategies.observations.window_attention import WindowRows
 from kvcomp_strategies.policies.flow_guided import FlowGuided
 from kvcomp_strategies.policies.misaligned import Misaligned
 from kvcomp_strategies.policies.uniform import UniformPolicy
+from kvcomp_strategies.scorers.critical import Critical
 from kvcomp_strategies.scorers.early_layer import EarlyLayer
 from kvcomp_strategies.scorers.key_diversity import KeyDiversity
 from kvcomp_strategies.scorers.key_norm import KeyNorm
@@ -47,7 +49,9 @@ from kvcomp_strategies.scorers.post_vision import PostVision
 from kvcomp_strategies.scorers.proxy_attention import ProxyAttention
 from kvcomp_strategies.scorers.random import Random
 from kvcomp_strategies.scorers.received_attention import ReceivedAttention
+from kvcomp_strategies.scorers.reconstruction import Reconstruction
 from kvcomp_strategies.scorers.text_first import TextFirst
+from kvcomp_strategies.scorers.value_norm import ValueNorm
 from kvcomp_strategies.scorers.window_attention import WindowAttention
 from kvcomp_strategies.selectors.adjacent_clusters import AdjacentClusters
 from kvcomp_strategies.selectors.top_k import TopK
@@ -67,11 +71,14 @@ PARTS: tuple[type[Part], ...] = (
     Prefix,
     Global,
     ProtectedFirst,
+    Critical,
     Position,
     ProxyAttention,
     Random,
     ReceivedAttention,
+    Reconstruction,
     TextFirst,
+    ValueNorm,
     WindowAttention,
     LastQuery,
     PostVision,
@@ -102,6 +109,7 @@ PARTS: tuple[type[Part], ...] = (
     RowEntropy,
     PostVisionSums,
     Sparsity,
+    LargestReceived,
     WindowRows,
 )
 

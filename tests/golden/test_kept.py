@@ -49,7 +49,7 @@ def batch() -> Sample:
     indices = (valid.cumsum(dim=-1) - 1).masked_fill(~valid, -1).int()
     fields = (modality.to(torch.int8), valid, indices)
     expanded = [field[:, None].expand(shape) for field in fields]
-    return Sample(queries, keys, values, *expanded, torch.ones(shape), layer=rewrite.LAYER)
+    return Sample(queries, keys, values, *expanded, torch.ones(shape), layer=rewrite.LAYER, output=rewrite.output())
 
 
 @pytest.mark.parametrize(("recipe", "budget"), CASES)

@@ -136,6 +136,29 @@ class Deep(kvcomp.BudgetAllocator, use="deep-for-tests"):
         return shares[..., None].expand(-1, -1, layers[0].shape[1])
 
 
+@pytest.mark.parametrize("mass_preserving", [False, True], ids=["plain", "mass"])
+@pytest.mark.parametrize("trigger", ["over-budget", {"every": 4}], ids=str)
+def test_packed_heads_are_compressed_again_as_padded_ones(trigger: object, mass_preserving: bool) -> None:
+    model, overrides = tiny_llama(), {"trigger": trigger, "mass_preserving": mass_preserving}
+    rows = left_padded([text_inputs(tokens, seed=tokens)["input_ids"] for tokens in (50, 30)])
+    found = {}
+    for store in ("ragged", "dense"):
+        with kvcomp.compress(
+            model, "ada-kv", budget=0.4, store=store, matcher="nearest", merger="mean", **overrides
+        ) as cache:
+            found[store] = generate(model, rows, cache, 17), cache
+    (output, packed), (expected, padded) = found["ragged"], found["dense"]
+    assert torch.equal(output.sequences, expected.sequences)
+    assert torch.allclose(torch.stack(output.logits), torch.stack(expected.logits), atol=1e-4)
+    for layer, other in zip(packed.layers, padded.layers, strict=True):
+        assert layer.storage.packed() is not None
+        assert torch.equal(layer.indices, other.indices)
+        assert torch.allclose(layer.keys, other.keys, atol=1e-5)
+    assert any((layer.indices < 0).any() for layer in packed.layers)  # heads differ
+    slots = sum(int((layer.indices >= 0).sum()) for layer in packed.layers)
+    assert packed.report().allocated_bytes == slots * 2 * 16 * 4
+
+
 @pytest.mark.parametrize("trigger", TRIGGERS, ids=str)
 @pytest.mark.parametrize("allocator", [Ragged(), Deep()], ids=lambda part: part.use)
 @pytest.mark.parametrize("recipe", ["h2o", "flowmm-no-gate", "streaming-llm"])
