@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -162,19 +163,38 @@ class Merger(Part):
 
 
 class SlotStorage(ABC):
-    """The keys and values of one layer of one request: the mutable object that a `Store` opens."""
+    """The keys and values of one layer of one request: the mutable object that a `Store` opens.
+
+    Its slots lie on one axis: those of the last `replace`, empty ones included, then what was appended.
+    """
 
     @abstractmethod
-    def replace(self, keys: Tensor, values: Tensor) -> None:
-        """Hold exactly these slots, `(batch, kv_heads, slots, head_dim)` each, and nothing else."""
+    def replace(self, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> None:
+        """Hold exactly these slots, `(batch, kv_heads, slots, head_dim)` each, and nothing else.
+
+        Args:
+            keys: of the slots.
+            values: of the slots.
+            mask: `(batch, kv_heads, slots)` bool, false at the end of heads that keep fewer; None where all are full.
+        """
 
     @abstractmethod
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add slots at the end."""
+        """Add slots at the end, `(batch, kv_heads, tokens, head_dim)`, the same number for every head."""
 
     @abstractmethod
     def read(self) -> tuple[Tensor, Tensor]:
-        """Return keys and values of the filled slots; views where the store can give them."""
+        """Return keys and values of all slots, `(batch, kv_heads, slots, head_dim)`; what empty slots hold is finite
+        and means nothing. Views where the store can give them.
+        """
+
+    @abstractmethod
+    def select(self, rows: Tensor) -> None:
+        """Hold these rows of the batch, `(rows,)` int64 on the device of the slots, in this order, and no others."""
+
+    @abstractmethod
+    def move(self, device: torch.device) -> None:
+        """Hold the slots on a device."""
 
     @abstractmethod
     def nbytes(self) -> int:

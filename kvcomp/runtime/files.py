@@ -75,7 +75,7 @@ def saved_strategy(path: Path) -> Any:
 
 def _shape(layer: CompressedCacheLayer) -> dict[str, Any]:
     keys = layer.storage.read()[0]
-    return {"kv_heads": keys.shape[1], "head_dim": keys.shape[3], "dtype": str(keys.dtype)}
+    return {"kv_heads": layer.kv_heads, "head_dim": keys.shape[3], "dtype": str(layer.dtype)}
 
 
 def expected_shape(model: Any) -> dict[str, Any]:
@@ -111,6 +111,8 @@ def _fill(layer: CompressedCacheLayer, numbers: dict[str, Any], tensors: dict[st
     for name in NUMBERS:
         setattr(layer, name, numbers[name])
     layer.carried = {_observation(spec): tensors[f"carried.{place}"] for place, spec in enumerate(numbers["carried"])}
+    if layer.trimmed and layer.table.mask is not None:
+        layer.keep_slots(layer.table.mask)  # the file holds heads padded to the longest
 
 
 def _observation(spec: dict[str, Any]) -> Observation:

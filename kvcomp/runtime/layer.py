@@ -1,9 +1,8 @@
-"""One layer of a compressed cache: its slots, what they stand for, and when they are compressed."""
+"""One layer of a compressed cache: what transformers and the attention function ask of it, and its compression."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +15,8 @@ from kvcomp.core.strategy import Strategy
 from kvcomp.core.types import LayerView, Pivots, Scores
 from kvcomp.runtime.forward import Forward, Logits, observe_forwards
 from kvcomp.runtime.masks import over_slots, row_validity, with_mass
-from kvcomp.runtime.slots import SlotTable, gather_heads, new_tokens, padded, positions_after
+from kvcomp.runtime.slots import SlotTable, gather_heads, padded
+from kvcomp.runtime.state import LayerState
 
 LAYER_ATTRIBUTE = "kvcomp_layer"  # how the attention function finds the layer that its keys came from
 
@@ -41,12 +41,11 @@ class Request(Protocol):
         """Compress everything that was deferred."""
 
 
-class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped-call, override]
     """A cache layer that reports the tokens it has *seen* while it holds fewer slots.
 
     With logical lengths everywhere, `generate()` computes positions, feeds only new tokens and builds masks as for a
-    stock cache. Keys and values are in `storage`, what each slot stands for in `table`; tokens decoded one by one
-    since the table was made are the `tail`, whose entries follow from their number.
+    stock cache.
     """
 
     def __init__(self, request: Request, number: int, layers: int) -> None:
@@ -58,38 +57,15 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def reset(self) -> None:
         """Forget everything."""
-        self.storage = self.request.strategy.store.open(self.request.reserve)
-        self.is_initialized = False
-        self.dtype, self.device = torch.float32, torch.device("cpu")  # until the first token says
-        self.table: SlotTable | None = None
-        self.tokens = torch.zeros(0, dtype=torch.long)  # valid tokens of each row that the table stands for, on the CPU
-        self.next_positions: Tensor | None = None  # (axes, batch), of the first token of the tail
-        self.tail = 0
-        self.seen = 0  # columns, padding counted
-        self.arrived = 0  # tokens of this forward that the attention function has not seen yet
-        self.trimmed = False  # slots are no longer columns
+        self.hold_nothing(self.request.strategy.store.open(self.request.reserve))
         self.rho: Tensor | None = None  # (batch,), of the last compression
         self.seconds = 0.0
         self.forwards: tuple[Forward, ...] = ()  # seen by attention and not yet compressed
-        self.carried: dict[Observation, Tensor] = {}
         self.compressions = 0
         self._view: LayerView | None = None
         self._scores: Scores | None = None
 
     # --- what transformers asks of a layer ---
-
-    @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
-        """Return the keys of the filled slots, `(batch, kv_heads, slots, head_dim)`, None before the first token.
-
-        A view; where heads or rows hold fewer slots than others, a copy with zeros at their ends.
-        """
-        return self._together(self.storage.read()[0]) if self.is_initialized else None
-
-    @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
-        """Return the values of the filled slots, `(batch, kv_heads, slots, head_dim)`, as `keys` does."""
-        return self._together(self.storage.read()[1]) if self.is_initialized else None
 
     def get_seq_length(self) -> int:
         """Return the number of columns seen."""
@@ -100,9 +76,8 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return self.seen + query_length, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Remember dtype and device."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
+        """Remember what the layer is to hold."""
+        self.take_form(key_states, value_states)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take in new tokens, `(batch, kv_heads, tokens, head_dim)`, and return keys and values of all slots."""
@@ -135,15 +110,24 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows of the batch in another order."""
-        self._take_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+        self.keep_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch."""
-        self._take_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+        self.keep_rows(torch.arange(len(self.tokens)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only these rows of the batch."""
-        self._take_rows(lambda rows: rows[indices.to(rows.device)])
+        self.keep_rows(torch.arange(len(self.tokens))[indices.cpu()])
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Hold these rows of the batch, `(rows,)` int64, in this order."""
+        if not self.is_initialized:
+            return
+        if self.forwards:  # beams are reordered right after the prefill
+            self.request.finish()
+        super().keep_rows(rows)
+        self.rho = None if self.rho is None else self.rho.index_select(0, rows.to(self.rho.device))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last columns: `-n` or 0 removes n of them; older transformers give the length that stays.
@@ -162,10 +146,11 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
                 "tokens were removed right after they were compressed, as assisted and prompt-lookup decoding do; they "
                 "do not work with a compressed cache"
             )
-        table = self._whole_table()
+        table = self.whole_table()
         removed, upcoming = self.seen - target, self.upcoming_positions()
         before = table.columns < target
-        self.table = self._take_slots(before & table.valid if self.trimmed else before, table)
+        self.keep_slots(before & table.valid if self.trimmed else before)
+        assert self.table is not None
         self.tokens = self.tokens + self.tail - removed
         if upcoming is not None:
             self.next_positions = upcoming - removed if removed <= self.tail else self.table.positions_at(target)
@@ -173,11 +158,11 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def offload(self) -> None:
         """Move keys and values to the CPU."""
-        self._move(torch.device("cpu"))
+        self.move(torch.device("cpu"))
 
     def prefetch(self) -> None:
         """Move keys and values back to the layer's device."""
-        self._move(self.device)
+        self.move(self.device)
 
     # --- what the attention function asks ---
 
@@ -190,7 +175,7 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         new = queries.shape[2]
         if mask is None and new == 1 and self.table.mask is None and not mass:
             return None  # one query, which sees every slot
-        table, group = self._whole_table(), queries.shape[1] // self.table.indices.shape[1]
+        table, group = self.whole_table(), queries.shape[1] // self.table.indices.shape[1]
         slot_mask = over_slots(mask, table, new, self.seen - new, group)
         return with_mass(slot_mask, table.counts, group, queries.dtype) if mass else slot_mask
 
@@ -202,7 +187,7 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         valid = row_validity(mask, queries.shape[0], self.arrived)
         forward = Forward(queries, slot_mask, self.seen - self.arrived, valid, modality, logits)
         self.forwards = (*self.forwards, forward)
-        self._take_in(valid, modality, positions)
+        self.take_in(queries.shape[0], valid, modality, positions)
         if not self.request.defer:
             self.request.compress_after(self)
 
@@ -243,7 +228,7 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         assert plan.pivots is not None
         padded = self.table.columns is not self.table.indices
         self.table = SlotTable.of(layer, plan.pivots.gather(self.table.columns) if padded else None)
-        self.storage.replace(layer.keys, layer.values)
+        self.storage.replace(layer.keys, layer.values, layer.mask)
         self._carry(view, plan.pivots)
         self.rho, self.trimmed = plan.rho, True
         self._view = self._scores = None
@@ -251,33 +236,7 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def all_slots(self) -> SlotTable | None:
         """Return the table of all slots, the tail included; None before the first token."""
-        return None if self.table is None else self._whole_table()
-
-    @property
-    def indices(self) -> Tensor | None:
-        """Return the logical position of each slot, `(batch, kv_heads, slots)` int32, ascending, -1 where empty."""
-        table = self.all_slots()
-        return None if table is None else self._together(table.indices, empty=-1)
-
-    @property
-    def counts(self) -> Tensor | None:
-        """Return how many prompt tokens each slot stands for, `(batch, kv_heads, slots)` float32."""
-        table = self.all_slots()
-        return None if table is None else self._together(table.counts)
-
-    def _together(self, per_slot: Tensor, empty: int = 0) -> Tensor:
-        table = self.all_slots()
-        return per_slot if table is None else table.together(per_slot, empty)
-
-    def upcoming_positions(self) -> Tensor | None:
-        """Return the position of the next token, `(axes, batch)`; None where positions are columns."""
-        return None if self.next_positions is None else self.next_positions + self.tail
-
-    def bookkeeping(self) -> list[Tensor]:
-        """Return every tensor that the layer keeps beside keys and values."""
-        tensors = [] if self.table is None else list(self.table.tensors())
-        tensors += [tensor for tensor in (self.tokens, self.next_positions, self.rho) if tensor is not None]
-        return [*tensors, *self.carried.values()]
+        return None if self.table is None else self.whole_table()
 
     def _everything_fits(self) -> bool:
         """Return whether every row may keep all it holds, and holds no padding."""
@@ -288,9 +247,11 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def share(self) -> Tensor:
         """Return the uniform share of the budget, `(batch,)` on the CPU: of all tokens seen."""
-        keys, values = self.storage.read()
-        slot_bytes = self.layers * keys.shape[1] * (keys.shape[-1] + values.shape[-1]) * keys.element_size()
-        return self.request.strategy.slots(self.tokens, slot_bytes)
+        return self.request.strategy.slots(self.tokens, self.layers * self.kv_heads * self.slot_bytes)
+
+    def bookkeeping(self) -> list[Tensor]:
+        """Return every tensor that the layer keeps beside keys and values."""
+        return super().bookkeeping() if self.rho is None else [*super().bookkeeping(), self.rho]
 
     def _observe_only(self) -> None:
         """Measure rho, and what later turns add to, of a layer that keeps everything."""
@@ -331,68 +292,3 @@ class CompressedCacheLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             for seen, result in view.observations.items()
             if seen.carried and self.request.strategy.turns == "recompress"
         }
-
-    # --- bookkeeping ---
-
-    def _take_in(self, valid: Tensor | None, modality: Tensor | None, positions: Tensor | None) -> None:
-        """Move the tail and the tokens that just arrived into the table."""
-        batch, kv_heads = self.storage.read()[0].shape[:2]
-        seen = self.seen - self.arrived
-        before = torch.full((batch,), 0) if self.table is None else self.tokens + self.tail
-        arrived = new_tokens(
-            (batch, kv_heads, self.arrived),
-            seen,
-            before,
-            device=self.device,
-            valid=valid,
-            modality=modality,
-            positions=positions,
-        )
-        self.table = arrived if self.table is None else self._whole_table(arrived=False).extend(arrived)
-        self.tokens = before + (self.arrived if valid is None else valid.sum(dim=1).cpu())
-        self.next_positions = None if positions is None else positions_after(positions, batch)
-        self.tail = self.arrived = 0
-
-    def _whole_table(self, arrived: bool = True) -> SlotTable:
-        """Return the table with the tail, and with the tokens that just arrived, which only a mask may ask for."""
-        assert self.table is not None
-        more = self.tail + (self.arrived if arrived else 0)
-        if not more:
-            return self.table
-        batch, kv_heads, _ = self.table.indices.shape
-        positions = None
-        if self.next_positions is not None:
-            positions = self.next_positions[..., None] + torch.arange(more, device=self.device)
-        start = self.seen - self.arrived - self.tail
-        return self.table.extend(
-            new_tokens((batch, kv_heads, more), start, self.tokens, device=self.device, positions=positions)
-        )
-
-    def _take_slots(self, stays: Tensor, table: SlotTable) -> SlotTable:
-        """Hold the slots of a table of all slots that stay, `(batch, kv_heads, slots)`, and return their table."""
-        slots = int(stays.sum(dim=-1).max())
-        order = (~stays).to(torch.uint8).argsort(dim=-1, stable=True)[..., :slots]
-        kept, filled = Pivots(order), stays.gather(2, order)
-        keys, values = self.storage.read()
-        self.storage.replace(kept.gather(keys), kept.gather(values))
-        self.carried = {seen: gather_heads(padded(sums, stays.shape[2]), kept) for seen, sums in self.carried.items()}
-        table = table.map(kept.gather)
-        return table if bool(filled.all()) else table.masked(filled)
-
-    def _take_rows(self, take: Callable[[Tensor], Tensor]) -> None:
-        if not self.is_initialized:
-            return
-        if self.forwards:  # beams are reordered right after the prefill
-            self.request.finish()
-        keys, values = self.storage.read()
-        self.storage.replace(take(keys), take(values))
-        self.table = None if self.table is None else self.table.map(take)
-        self.tokens = take(self.tokens)
-        self.next_positions = None if self.next_positions is None else take(self.next_positions.T).T
-        self.rho = None if self.rho is None else take(self.rho)
-        self.carried = {seen: take(sums) for seen, sums in self.carried.items()}
-
-    def _move(self, device: torch.device) -> None:
-        if self.is_initialized:
-            keys, values = self.storage.read()
-            self.storage.replace(keys.to(device), values.to(device))

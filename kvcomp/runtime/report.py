@@ -98,20 +98,18 @@ def report_layer(number: int, layer: CompressedCacheLayer) -> LayerReport:
     table = layer.all_slots()
     if table is None:
         return LayerReport(number, (), (), (), (), (), 0, 0)
-    keys, values = layer.storage.read()
     tokens = layer.tokens + layer.tail
     slots = table.valid.sum(dim=-1).double().mean(dim=-1).cpu()
     kept_or_merged = table.counts.double().sum(dim=-1).mean(dim=-1).cpu()
-    slot_bytes = (keys.shape[-1] + values.shape[-1]) * keys.element_size()
     return LayerReport(
         layer=number,
         slots=_floats(slots),
         tokens=tuple(tokens.tolist()),
         merged=_floats(kept_or_merged - slots),
         evicted=_floats(tokens - kept_or_merged),
-        rho=_rho(layer.rho, keys.shape[0]),
-        allocated_bytes=int(table.valid.sum()) * slot_bytes,
-        full_bytes=int(tokens.sum()) * keys.shape[1] * slot_bytes,
+        rho=_rho(layer.rho, len(tokens)),
+        allocated_bytes=int(table.valid.sum()) * layer.slot_bytes,
+        full_bytes=int(tokens.sum()) * layer.kv_heads * layer.slot_bytes,
     )
 
 

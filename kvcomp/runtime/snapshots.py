@@ -15,6 +15,8 @@ STATE = (
     "is_initialized",
     "dtype",
     "device",
+    "kv_heads",
+    "slot_bytes",
     "table",
     "tokens",
     "next_positions",

@@ -87,6 +87,31 @@ def holds_what_it_is_given(strategy: Strategy, part: Part, sample: Sample) -> No
         _holds(storage.read(), (sample.keys[:, :, :1], sample.values[:, :, :1]))
 
 
+def holds_ragged_heads(strategy: Strategy, part: Part, sample: Sample) -> None:
+    """A store holds heads that keep different numbers of slots, what is appended to them, and any rows of them."""
+    if not isinstance(part, Store):
+        return
+    batch, kv_heads, slots = sample.keys.shape[:3]
+    lengths = 1 + torch.arange(batch * kv_heads).view(batch, kv_heads, 1) * 5 % slots
+    mask = torch.arange(slots) < lengths
+    storage = part.open()
+    storage.replace(sample.keys, sample.values, mask)
+    storage.append(sample.keys[:, :, :2], sample.values[:, :, :2])
+    filled = torch.cat([mask, torch.ones_like(mask[..., :2])], dim=2)
+    expected = [torch.cat([t, t[:, :, :2]], dim=2) for t in (sample.keys, sample.values)]
+    _holds(_filled(storage.read(), filled), _filled(expected, filled))
+    order = torch.tensor([batch - 1, 0, 0])
+    storage.select(order)
+    storage.move(sample.keys.device)
+    _holds(_filled(storage.read(), filled[order]), _filled([t[order] for t in expected], filled[order]))
+
+
+def _filled(pair: Any, filled: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys and values with zeros in empty slots, after a look that these are finite."""
+    require_all(pair[0].isfinite() & pair[1].isfinite(), "empty slots must hold something finite")
+    return pair[0].masked_fill(~filled[..., None], 0.0), pair[1].masked_fill(~filled[..., None], 0.0)
+
+
 def _holds(read: tuple[Tensor, Tensor], expected: Any) -> None:
     for name, after, before in zip(("keys", "values"), read, expected, strict=True):
         require(after.shape == before.shape, f"{name}: {tuple(before.shape)} were put in, {tuple(after.shape)} read")
@@ -150,5 +175,6 @@ PART_PROMISES: dict[str, PartPromise] = {
     "legal-plan": legal_plan,
     "exact-sum": exact_sum,
     "store": holds_what_it_is_given,
+    "ragged-store": holds_ragged_heads,
     "fold": fold,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,8 +49,8 @@ class DenseStorage(SlotStorage):
         self._filled = 0
         self._fresh = True  # nothing was appended to what `replace` left
 
-    def replace(self, keys: Tensor, values: Tensor) -> None:
-        """Hold exactly these slots; copies only what shares its storage with something else."""
+    def replace(self, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> None:
+        """Hold these slots, the empty ones too; copies only what shares its storage with something else."""
         self._buffers = Buffers(_owned(keys), _owned(values))
         self._filled = keys.shape[2]
         self._fresh = True
@@ -72,6 +73,14 @@ class DenseStorage(SlotStorage):
         assert self._buffers is not None
         return self._buffers.keys[:, :, : self._filled], self._buffers.values[:, :, : self._filled]
 
+    def select(self, rows: Tensor) -> None:
+        """Hold these rows, in buffers of their own with as much room."""
+        self._map(lambda buffer: buffer.index_select(0, rows))
+
+    def move(self, device: torch.device) -> None:
+        """Hold the buffers on a device."""
+        self._map(lambda buffer: buffer.to(device))
+
     def nbytes(self) -> int:
         """Return the bytes of both buffers."""
         if self._buffers is None:
@@ -89,6 +98,12 @@ class DenseStorage(SlotStorage):
         owner, self._buffers, self._filled = snapshot
         if owner is not self and self._buffers is not None:
             self._buffers = Buffers(self._buffers.keys, self._buffers.values, held=self._buffers.capacity + 1)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self._buffers is not None:
+            keys, values = change(self._buffers.keys), change(self._buffers.values)
+            shared = keys is self._buffers.keys
+            self._buffers = Buffers(keys, values, self._buffers.held if shared else 0)
 
     def _room(self, end: int) -> int:
         if self._reserve is not None and self._fresh and self._reserve >= end - self._filled:

@@ -140,6 +140,35 @@ def test_the_dtype_stays() -> None:
     assert storage.read()[0].dtype == torch.bfloat16
 
 
+def test_rows_come_in_any_order_and_number_with_as_much_room() -> None:
+    storage = filled(4, reserve=6)
+    storage.append(slots(1, 4), -slots(1, 4))
+    storage.select(torch.tensor([1, 1, 0]))
+    assert numbers(storage) == [0, 1, 2, 3, 4]
+    assert storage.read()[0].shape == (3, 3, 5, 4)
+    assert storage.nbytes() == 10 * BYTES * 3 // 2
+    place = storage.read()[0].data_ptr()
+    storage.append(slots(1)[[0, 0, 0]], slots(1)[[0, 0, 0]])
+    assert storage.read()[0].data_ptr() == place
+
+
+def test_rows_that_are_taken_leave_a_snapshot_alone() -> None:
+    storage = filled(4)
+    snapshot = storage.snapshot()
+    storage.select(torch.tensor([1]))
+    storage.append(slots(2, 4)[:1], slots(2, 4)[:1])
+    storage.restore(snapshot)
+    assert numbers(storage) == [0, 1, 2, 3]
+
+
+def test_moving_to_where_it_is_changes_nothing() -> None:
+    storage = filled(4)
+    place = storage.read()[0].data_ptr()
+    storage.move(torch.device("cpu"))
+    assert storage.read()[0].data_ptr() == place
+    Dense().open().move(torch.device("cpu"))
+
+
 def test_an_empty_storage_holds_no_bytes() -> None:
     assert Dense().open().nbytes() == 0
 

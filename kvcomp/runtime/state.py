@@ -1,0 +1,162 @@
+"""What one layer of a compressed cache holds: keys and values in a storage, what each slot stands for in a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from kvcomp.core.interfaces import Observation, SlotStorage
+from kvcomp.core.types import Pivots
+from kvcomp.runtime.slots import SlotTable, gather_heads, new_tokens, padded, positions_after
+
+
+class LayerState:
+    """The slots of a layer and their bookkeeping, and how both change together.
+
+    Tokens decoded one by one since the table was made are the `tail`, whose entries follow from their number. Slots of
+    table and storage lie on the same axis: what the storage was last given, then what was appended.
+    """
+
+    def __init__(self, storage: SlotStorage) -> None:
+        self.hold_nothing(storage)
+
+    def hold_nothing(self, storage: SlotStorage) -> None:
+        """Start anew, with an empty storage."""
+        self.storage = storage
+        self.is_initialized = False
+        self.dtype, self.device = torch.float32, torch.device("cpu")  # until the first token says
+        self.kv_heads = 0
+        self.slot_bytes = 0  # of one slot of one KV head, as it came in
+        self.table: SlotTable | None = None
+        self.tokens = torch.zeros(0, dtype=torch.long)  # valid tokens of each row that the table stands for, on the CPU
+        self.next_positions: Tensor | None = None  # (axes, batch), of the first token of the tail
+        self.tail = 0
+        self.seen = 0  # columns, padding counted
+        self.arrived = 0  # tokens of this forward that the attention function has not seen yet
+        self.trimmed = False  # slots are no longer columns
+        self.carried: Mapping[Observation, Tensor] = {}  # (batch, heads, slots) each, of the slots in the table
+
+    # --- reading ---
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Return the keys of the filled slots, `(batch, kv_heads, slots, head_dim)`, None before the first token.
+
+        A view; where heads or rows hold fewer slots than others, a copy with zeros at their ends.
+        """
+        return self._together(self.storage.read()[0]) if self.is_initialized else None
+
+    @property
+    def values(self) -> Tensor | None:
+        """Return the values of the filled slots, `(batch, kv_heads, slots, head_dim)`, as `keys` does."""
+        return self._together(self.storage.read()[1]) if self.is_initialized else None
+
+    @property
+    def indices(self) -> Tensor | None:
+        """Return the logical position of each slot, `(batch, kv_heads, slots)` int32, ascending, -1 where empty."""
+        table = self.all_slots()
+        return None if table is None else self._together(table.indices, empty=-1)
+
+    @property
+    def counts(self) -> Tensor | None:
+        """Return how many prompt tokens each slot stands for, `(batch, kv_heads, slots)` float32."""
+        table = self.all_slots()
+        return None if table is None else self._together(table.counts)
+
+    def all_slots(self) -> SlotTable | None:
+        """Return the table of all slots, the tail included; None before the first token."""
+        return None if self.table is None else self.whole_table()
+
+    def upcoming_positions(self) -> Tensor | None:
+        """Return the position of the next token, `(axes, batch)`; None where positions are columns."""
+        return None if self.next_positions is None else self.next_positions + self.tail
+
+    def bookkeeping(self) -> list[Tensor]:
+        """Return every tensor that the layer keeps beside keys and values."""
+        tensors = [] if self.table is None else list(self.table.tensors())
+        tensors += [tensor for tensor in (self.tokens, self.next_positions) if tensor is not None]
+        return [*tensors, *self.carried.values()]
+
+    def whole_table(self, arrived: bool = True) -> SlotTable:
+        """Return the table with the tail, and with the tokens that just arrived, which only a mask may ask for."""
+        assert self.table is not None
+        more = self.tail + (self.arrived if arrived else 0)
+        if not more:
+            return self.table
+        batch, kv_heads, _ = self.table.indices.shape
+        positions = None
+        if self.next_positions is not None:
+            positions = self.next_positions[..., None] + torch.arange(more, device=self.device)
+        start = self.seen - self.arrived - self.tail
+        return self.table.extend(
+            new_tokens((batch, kv_heads, more), start, self.tokens, device=self.device, positions=positions)
+        )
+
+    def _together(self, per_slot: Tensor, empty: int = 0) -> Tensor:
+        table = self.all_slots()
+        return per_slot if table is None else table.together(per_slot, empty)
+
+    # --- changing ---
+
+    def take_form(self, keys: Tensor, values: Tensor) -> None:
+        """Take note of what the layer is to hold: KV heads, dtype, device and bytes of `(batch, kv_heads, tokens,
+        head_dim)` each.
+        """
+        self.dtype, self.device = keys.dtype, keys.device
+        self.kv_heads = keys.shape[1]
+        self.slot_bytes = (keys.shape[-1] + values.shape[-1]) * keys.element_size()
+        self.is_initialized = True
+
+    def take_in(self, batch: int, valid: Tensor | None, modality: Tensor | None, positions: Tensor | None) -> None:
+        """Move the tail and the tokens that just arrived into the table.
+
+        Args:
+            batch: rows of the batch.
+            valid: of the new tokens, `(batch, tokens)` bool, or None where none is padding.
+            modality: `(batch, tokens)` int8, or None for text.
+            positions: `(axes, batch, tokens)`, or None for the columns.
+        """
+        seen = self.seen - self.arrived
+        before = torch.full((batch,), 0) if self.table is None else self.tokens + self.tail
+        arrived = new_tokens(
+            (batch, self.kv_heads, self.arrived),
+            seen,
+            before,
+            device=self.device,
+            valid=valid,
+            modality=modality,
+            positions=positions,
+        )
+        self.table = arrived if self.table is None else self.whole_table(arrived=False).extend(arrived)
+        self.tokens = before + (self.arrived if valid is None else valid.sum(dim=1).cpu())
+        self.next_positions = None if positions is None else positions_after(positions, batch)
+        self.tail = self.arrived = 0
+
+    def keep_slots(self, stays: Tensor) -> None:
+        """Hold the slots that stay, `(batch, kv_heads, slots)` of all slots, and nothing else."""
+        table = self.whole_table()
+        slots = int(stays.sum(dim=-1).max())
+        order = (~stays).to(torch.uint8).argsort(dim=-1, stable=True)[..., :slots]
+        kept, filled = Pivots(order), stays.gather(2, order)
+        full = bool(filled.all())
+        keys, values = self.storage.read()
+        self.storage.replace(kept.gather(keys), kept.gather(values), None if full else filled)
+        table = table.map(kept.gather)
+        self.table = table if full else table.masked(filled)
+        self.carried = {seen: gather_heads(padded(sums, stays.shape[2]), kept) for seen, sums in self.carried.items()}
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Hold these rows of the batch, `(rows,)` int64, in this order."""
+        here = rows.to(self.device)
+        self.storage.select(here)
+        self.table = None if self.table is None else self.table.map(lambda entry: entry.index_select(0, here))
+        self.tokens = self.tokens.index_select(0, rows.cpu())
+        self.next_positions = None if self.next_positions is None else self.next_positions.index_select(1, here)
+        self.carried = {seen: sums.index_select(0, here) for seen, sums in self.carried.items()}
+
+    def move(self, device: torch.device) -> None:
+        """Move keys and values to a device."""
+        if self.is_initialized:
+            self.storage.move(device)
