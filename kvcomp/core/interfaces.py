@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from kvcomp.core.types import Assignment, AttentionBlock, LayerPlan, LayerView, Pivots, Scores
+from kvcomp.core.types import Assignment, AttentionBlock, Guide, LayerPlan, LayerView, Pivots, Scores, SlotForm
 
 
 class Part(BaseModel, ABC):
@@ -169,13 +169,17 @@ class SlotStorage(ABC):
     """
 
     @abstractmethod
-    def replace(self, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> None:
+    def replace(
+        self, keys: Tensor, values: Tensor, mask: Tensor | None = None, guide: Guide | None = None
+    ) -> None:
         """Hold exactly these slots, `(batch, kv_heads, slots, head_dim)` each, and nothing else.
 
         Args:
             keys: of the slots.
             values: of the slots.
             mask: `(batch, kv_heads, slots)` bool, false at the end of heads that keep fewer; None where all are full.
+            guide: what a compression knows of the slots; None where nothing was compressed, as when slots are cropped:
+                then they are held as precisely as those that were there.
         """
 
     @abstractmethod
@@ -200,6 +204,15 @@ class SlotStorage(ABC):
     def nbytes(self) -> int:
         """Return the bytes of all storages held, filled or not, read from the storages."""
 
+    def filled_nbytes(self, slots: int, slot_bytes: int) -> int:
+        """Return the bytes of keys and values in the filled slots alone.
+
+        Args:
+            slots: filled slots of all rows and heads.
+            slot_bytes: of one slot of one head, as it came in. Stores that make slots smaller do not multiply.
+        """
+        return slots * slot_bytes
+
     @abstractmethod
     def snapshot(self) -> Any:
         """Return what `restore` needs to hold these slots again, sharing their memory: later appends leave it alone."""
@@ -210,9 +223,43 @@ class SlotStorage(ABC):
 
 
 class Store(Part):
-    """Says how a layer's slots are held in memory."""
+    """Says how a layer's slots are held in memory.
+
+    A store that makes slots smaller `shrinks`. Where nothing is evicted, a budget is then of bytes, and the store must
+    hold every token in them. One that `fits` chooses how: by the bytes that it may take. One that `evicts` is given as
+    many tokens as it can hold in the bytes; otherwise a recipe with a selector keeps the budget's share of the tokens,
+    whatever the store makes of them.
+    """
 
     kind = "store"
+
+    @property
+    def shrinks(self) -> bool:
+        """Return whether slots take fewer bytes than they came in with."""
+        return False
+
+    @property
+    def fits(self) -> bool:
+        """Return whether the bytes that it may take decide how precisely slots are held."""
+        return False
+
+    @property
+    def evicts(self) -> bool:
+        """Return whether the budget of an evicting recipe is of bytes, of which this store makes the most."""
+        return False
+
+    def smallest(self, slots: Tensor, form: SlotForm) -> Tensor:
+        """Return the fewest bytes that rows of this many slots per head take over all heads and layers.
+
+        Args:
+            slots: any shape, int64 on the CPU.
+            form: of the slots as they come in.
+        """
+        return slots * form.heads * form.slot_bytes
+
+    def open_all(self, layers: int, reserve: int | None = None) -> Sequence[SlotStorage]:
+        """Return an empty storage for each layer; overridden by stores whose layers share something."""
+        return [self.open(reserve) for _ in range(layers)]
 
     @abstractmethod
     def open(self, reserve: int | None = None) -> SlotStorage:

@@ -74,8 +74,7 @@ def saved_strategy(path: Path) -> Any:
 
 
 def _shape(layer: CompressedCacheLayer) -> dict[str, Any]:
-    keys = layer.storage.read()[0]
-    return {"kv_heads": layer.kv_heads, "head_dim": keys.shape[3], "dtype": str(layer.dtype)}
+    return {"kv_heads": layer.form.kv_heads, "head_dim": layer.form.key_dim, "dtype": str(layer.dtype)}
 
 
 def expected_shape(model: Any) -> dict[str, Any]:

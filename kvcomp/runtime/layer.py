@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from kvcomp.core.errors import UnsupportedUseError
-from kvcomp.core.interfaces import Observation
+from kvcomp.core.interfaces import Observation, SlotStorage
 from kvcomp.core.strategy import Strategy
 from kvcomp.core.types import LayerView, Pivots, Scores
 from kvcomp.runtime.forward import Forward, Logits, observe_forwards
@@ -26,7 +26,6 @@ class Request(Protocol):
 
     strategy: Strategy
     defer: bool
-    reserve: int | None
 
     def check_in_use(self) -> None:
         """Raise where the cache may not be written to."""
@@ -48,16 +47,19 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
     stock cache.
     """
 
-    def __init__(self, request: Request, number: int, layers: int) -> None:
+    def __init__(self, request: Request, number: int, layers: int, storage: SlotStorage) -> None:
         # CacheLayerMixin.__init__ would assign `keys` and `values`, which are read from the storage here.
         self.request = request
         self.number = number  # among the compressed layers
         self.layers = layers
+        self.storage = storage
+        self._empty = storage.snapshot()
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
-        self.hold_nothing(self.request.strategy.store.open(self.request.reserve))
+        self.storage.restore(self._empty)
+        self.hold_nothing(self.storage)
         self.rho: Tensor | None = None  # (batch,), of the last compression
         self.seconds = 0.0
         self.forwards: tuple[Forward, ...] = ()  # seen by attention and not yet compressed
@@ -77,7 +79,7 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Remember what the layer is to hold."""
-        self.take_form(key_states, value_states)
+        self.take_form(key_states, value_states, self.layers)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take in new tokens, `(batch, kv_heads, tokens, head_dim)`, and return keys and values of all slots."""
@@ -228,7 +230,8 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         assert plan.pivots is not None
         padded = self.table.columns is not self.table.indices
         self.table = SlotTable.of(layer, plan.pivots.gather(self.table.columns) if padded else None)
-        self.storage.replace(layer.keys, layer.values, layer.mask)
+        guide = strategy.guide(view, plan, self._scores)
+        self.storage.replace(layer.keys, layer.values, layer.mask, guide)
         self._carry(view, plan.pivots)
         self.rho, self.trimmed = plan.rho, True
         self._view = self._scores = None
@@ -241,13 +244,14 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
     def _everything_fits(self) -> bool:
         """Return whether every row may keep all it holds, and holds no padding."""
         assert self.table is not None
-        if self.request.strategy.selector is None:
+        strategy = self.request.strategy
+        if strategy.ignores_budget:
             return True
-        return not self.trimmed and self.table.mask is None and bool((self.share() >= self.tokens).all())
+        return not self.trimmed and self.table.mask is None and strategy.keeps_all(self.tokens, self.form)
 
     def share(self) -> Tensor:
         """Return the uniform share of the budget, `(batch,)` on the CPU: of all tokens seen."""
-        return self.request.strategy.slots(self.tokens, self.layers * self.kv_heads * self.slot_bytes)
+        return self.request.strategy.slots(self.tokens, self.form)
 
     def bookkeeping(self) -> list[Tensor]:
         """Return every tensor that the layer keeps beside keys and values."""
@@ -256,7 +260,7 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
     def _observe_only(self) -> None:
         """Measure rho, and what later turns add to, of a layer that keeps everything."""
         strategy = self.request.strategy
-        if strategy.selector is None:
+        if not strategy.observations:
             return
         later = () if strategy.budget.ratio == 1 else tuple(seen for seen in strategy.observations if seen.carried)
         wanted = tuple(dict.fromkeys((*strategy.policy.observations(), *later)))

@@ -45,13 +45,14 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     [57, 1]
     """
     per_byte = 8 // bits
-    padded = F.pad(codes, (0, -codes.shape[-1] % per_byte)).unflatten(-1, (-1, per_byte))
+    padded = _split(F.pad(codes, (0, -codes.shape[-1] % per_byte)), per_byte, CHANNELS)
     return (padded << _shifts(bits, codes.device)).sum(dim=-1, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
     """Return the codes, `(..., dim)` uint8: the inverse of `pack`."""
-    return ((packed[..., None] >> _shifts(bits, packed.device)) & (2**bits - 1)).flatten(-2)[..., :dim]
+    codes: Tensor = (packed[..., None] >> _shifts(bits, packed.device)) & (2**bits - 1)
+    return codes.flatten(-2)[..., :dim]
 
 
 def row_bytes(dim: int, bits: int) -> int:
@@ -177,7 +178,13 @@ def _in_groups(numbers: Tensor, group: int, axis: int) -> Tensor:
         shape = list(last.shape)
         shape[axis] = missing
         numbers = torch.cat([numbers, last.expand(shape)], dim=axis)
-    return numbers.unflatten(axis, (-1, group))
+    return _split(numbers, group, axis)
+
+
+def _split(numbers: Tensor, group: int, axis: int) -> Tensor:
+    shape = list(numbers.shape)
+    shape[axis : axis + 1 or None] = [shape[axis] // group, group]
+    return numbers.reshape(shape)
 
 
 def _out_of_groups(grouped: Tensor, axis: int, length: int) -> Tensor:
