@@ -179,7 +179,7 @@ class Strategy:
 
     def apply(self, layer: LayerView, plan: MergePlan) -> CompressedLayer:
         """Return what the layer keeps under this plan: new tensors, the view is not changed."""
-        if plan.pivots is None or plan.assignment is None:
+        if plan.pivots is None or plan.assignment is None or _nothing_goes(layer, plan.pivots):
             everything = (layer.indices, layer.counts, layer.modality, layer.positions)
             return CompressedLayer(
                 layer.keys, layer.values, *everything, mask=None if layer.valid.all() else layer.valid
@@ -280,6 +280,10 @@ def _store_conflicts(parts: Sequence[Part]) -> list[str]:
                 "what the budget's bytes leave room for (`evict: true`)"
             )
     return faults
+
+
+def _nothing_goes(layer: LayerView, pivots: Pivots) -> bool:
+    return pivots.mask is None and pivots.indices.shape[2] == layer.shape[2]
 
 
 def _everything(layer: LayerView, rho: Tensor) -> MergePlan:

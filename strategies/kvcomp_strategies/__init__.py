@@ -13,6 +13,7 @@ from kvcomp_strategies.mergers.drop import Drop
 from kvcomp_strategies.mergers.mean import Mean
 from kvcomp_strategies.mergers.pivot_mean import PivotMean
 from kvcomp_strategies.observations.cross_modal_flow import CrossModalFlow
+from kvcomp_strategies.observations.query_peaks import QueryPeaks
 from kvcomp_strategies.observations.received_attention import ReceivedSums
 from kvcomp_strategies.observations.window_attention import WindowRows
 from kvcomp_strategies.policies.flow_guided import FlowGuided
@@ -25,6 +26,8 @@ from kvcomp_strategies.scorers.received_attention import ReceivedAttention
 from kvcomp_strategies.scorers.window_attention import WindowAttention
 from kvcomp_strategies.selectors.top_k import TopK
 from kvcomp_strategies.stores.dense import Dense
+from kvcomp_strategies.stores.mixed import MixedStore
+from kvcomp_strategies.stores.quantized import QuantizedStore
 
 PARTS: tuple[type[Part], ...] = (
     UniformPolicy,
@@ -44,7 +47,10 @@ PARTS: tuple[type[Part], ...] = (
     Mean,
     PivotMean,
     Dense,
+    QuantizedStore,
+    MixedStore,
     CrossModalFlow,
+    QueryPeaks,
     ReceivedSums,
     WindowRows,
 )
