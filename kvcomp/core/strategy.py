@@ -276,8 +276,8 @@ def _store_conflicts(parts: Sequence[Part]) -> list[str]:
             faults.append(f"store: {store.use!r} with `evict: true` needs a scorer and a selector that say what goes")
         if selects and store.fits and not store.evicts:
             faults.append(
-                f"store: {store.use!r} beside a selector must be told how precise it is (`bits: 2`), or to take "
-                "what the budget's bytes leave room for (`evict: true`)"
+                f"store: {store.use!r} keeps every token in the budget's bytes; beside a selector it must be told how "
+                "precise it is (`bits: 2`) or to evict what does not fit (`evict: true`), if it has such settings"
             )
     return faults
 

@@ -26,6 +26,7 @@ from kvcomp_strategies.scorers.received_attention import ReceivedAttention
 from kvcomp_strategies.scorers.window_attention import WindowAttention
 from kvcomp_strategies.selectors.top_k import TopK
 from kvcomp_strategies.stores.dense import Dense
+from kvcomp_strategies.stores.layer_paired import LayerPairedStore
 from kvcomp_strategies.stores.mixed import MixedStore
 from kvcomp_strategies.stores.quantized import QuantizedStore
 
@@ -49,6 +50,7 @@ PARTS: tuple[type[Part], ...] = (
     Dense,
     QuantizedStore,
     MixedStore,
+    LayerPairedStore,
     CrossModalFlow,
     QueryPeaks,
     ReceivedSums,

@@ -183,6 +183,6 @@ def _fitted(store: QuantizedStore, slots: int, limit: int, form: SlotForm) -> Pr
 
 def _split(numbers: Tensor, plain: int, code: Code) -> tuple[Piece, ...]:
     """Return the codes of all but the last slots, and the last as they are; `numbers` `(heads, slots, dim)`."""
-    coded = numbers.shape[1] - plain
+    coded = max(numbers.shape[1] - plain, 0)
     pieces: tuple[Piece, ...] = (Coded.of(numbers[:, :coded], code),) if coded else ()
     return (*pieces, Plain(owned(numbers[:, coded:]))) if plain else pieces
