@@ -5,7 +5,7 @@ settings.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -212,6 +212,18 @@ class SlotStorage(ABC):
             slot_bytes: of one slot of one head, as it came in. Stores that make slots smaller do not multiply.
         """
         return slots * slot_bytes
+
+    def dump(self) -> tuple[dict[str, Tensor], Any]:
+        """Return what a file must hold: tensors by name, and plain data, None where keys and values are all there is.
+
+        Stores that do not hold slots as they came override it, with `load`.
+        """
+        keys, values = self.read()
+        return {"keys": keys, "values": values}, None
+
+    def load(self, tensors: Mapping[str, Tensor], data: Any) -> None:
+        """Hold what `dump` returned."""
+        self.replace(tensors["keys"], tensors["values"])
 
     @abstractmethod
     def snapshot(self) -> Any:

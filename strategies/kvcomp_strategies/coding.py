@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -12,15 +12,16 @@ from torch import Tensor
 
 from kvcomp.core.interfaces import SlotStorage
 from kvcomp.core.types import Guide, SlotForm
-from kvcomp_strategies.pieces import Piece, Plain, extended, mapped, owned, read_all, tensors
+from kvcomp_strategies.pieces import Piece, Plain, extended, flat, grown, held, mapped, owned, read_all, tensors
 
 
+@held
 @dataclass(frozen=True, eq=False)
 class Run:
     """Heads that hold the same number of slots, in the same way: a rectangle, so that nothing is padded.
 
     Attributes:
-        heads: `(count,)` int64 on the CPU, ascending, places in batch x kv_heads; `here` the same beside the slots.
+        heads: `(count,)` int64 on the CPU, ascending, places in batch x kv_heads.
         keys, values: of their slots, `(count, slots, dim)` when read.
         replaced: slots since the last `replace`; what follows was appended.
         setting: how the store codes them; None for as they are.
@@ -40,6 +41,7 @@ class Run:
         return keys, values
 
 
+@held
 @dataclass(frozen=True, eq=False)
 class Slots:
     """Everything that a storage holds: replaced when it changes, so that it is its own snapshot.
@@ -164,6 +166,17 @@ class CodedStorage(SlotStorage):
     def filled_nbytes(self, slots: int, slot_bytes: int) -> int:
         """Return all bytes: nothing is padded and no room is taken."""
         return self.nbytes()
+
+    def dump(self) -> tuple[dict[str, Tensor], Any]:
+        """Return the codes and everything else as they are."""
+        found: dict[str, Tensor] = {}
+        return found, flat((self._slots, self._settings), found)
+
+    def load(self, tensors: Mapping[str, Tensor], data: Any) -> None:
+        """Hold what was dumped."""
+        self._slots, self._settings = grown(data, tensors)
+        runs = [replace(run, heads=run.heads.cpu()) for run in self._slots.runs]
+        self._slots = replace(self._slots, runs=tuple(runs))
 
     def snapshot(self) -> tuple[Slots, tuple[Any, ...]]:
         """Return what is held, which never changes."""

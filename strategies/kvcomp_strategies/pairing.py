@@ -47,4 +47,5 @@ def unit(vectors: Tensor) -> Tensor:
 
 def length(vectors: Tensor) -> Tensor:
     """Return the length of each vector, `(...)` float32."""
-    return torch.linalg.vector_norm(vectors.float(), dim=-1)
+    lengths: Tensor = torch.linalg.vector_norm(vectors.float(), dim=-1)
+    return lengths

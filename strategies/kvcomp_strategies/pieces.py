@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -31,6 +31,15 @@ from kvcomp_strategies.quantization import (
 Tree = TypeVar("Tree")
 
 
+HELD: dict[str, type] = {}  # what a file may hold, by name
+
+
+def held(kind: type[Tree]) -> type[Tree]:
+    """Let `flat` and `grown` write and read a dataclass."""
+    HELD[kind.__name__] = kind
+    return kind
+
+
 class Piece(ABC):
     """Consecutive tokens of some heads; every tensor of it has the heads as its first axis."""
 
@@ -44,6 +53,7 @@ class Piece(ABC):
         """Return `(heads, tokens, dim)` in the dtype that came in."""
 
 
+@held
 @dataclass(frozen=True, eq=False)
 class Plain(Piece):
     """Tokens as they came, `(heads, tokens, dim)`."""
@@ -89,6 +99,7 @@ class Code:
         return total + tokens * outlier_pairs(dim, self.outliers) * 2 * (itemsize + place_dtype(dim, CHANNELS).itemsize)
 
 
+@held
 @dataclass(frozen=True, eq=False)
 class Coded(Piece):
     """Quantized tokens, with the outliers and the low-rank correction of GEAR where there are any.
@@ -147,6 +158,7 @@ class Coded(Piece):
         return dataclasses.replace(self, quantized=dataclasses.replace(one, codes=codes, scale=scale, zero=zero))
 
 
+@held
 @dataclass(frozen=True, eq=False)
 class Tiered(Piece):
     """Tokens of which some are held precisely and the others are not.
@@ -233,7 +245,40 @@ def mapped(tree: Tree, change: Callable[[Tensor], Tensor], memo: dict[int, Tenso
     return result  # type: ignore[no-any-return]
 
 
+def flat(tree: Any, found: dict[str, Tensor]) -> Any:
+    """Return dataclasses and tuples as data that JSON can hold; tensors go to `found` under the names that stand there.
+
+    >>> flat(Plain(torch.zeros(1, 2, 3)), {})
+    {'is': 'Plain', 'numbers': {'tensor': 'code.0'}}
+    """
+    if isinstance(tree, Tensor):
+        names = [name for name, tensor in found.items() if tensor is tree] or [f"code.{len(found)}"]
+        found[names[0]] = tree
+        return {"tensor": names[0]}
+    if isinstance(tree, tuple):
+        return [flat(item, found) for item in tree]
+    if dataclasses.is_dataclass(tree):
+        fields = {field.name: flat(getattr(tree, field.name), found) for field in dataclasses.fields(tree)}
+        return {"is": type(tree).__name__} | fields
+    return tree
+
+
+def grown(data: Any, found: Mapping[str, Tensor]) -> Any:
+    """Return what `flat` was given."""
+    if isinstance(data, list):
+        return tuple(grown(item, found) for item in data)
+    if not isinstance(data, dict):
+        return data
+    if "tensor" in data:
+        return found[data["tensor"]]
+    return HELD[data["is"]](**{name: grown(value, found) for name, value in data.items() if name != "is"})
+
+
 def owned(tensor: Tensor) -> Tensor:
     """Return the tensor itself where its storage holds nothing else, else a contiguous copy."""
     alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
+
+
+held(Quantized)
+held(Outliers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +15,11 @@ from kvcomp.core.interfaces import SlotStorage, Store
 from kvcomp.core.types import Guide, SlotForm
 from kvcomp_strategies.coding import CodedStorage, Heads, Run
 from kvcomp_strategies.pairing import length, shared_direction
-from kvcomp_strategies.pieces import Piece, Plain, Tiered, high_first, owned, packed_tier
+from kvcomp_strategies.pieces import Piece, Plain, Tiered, held, high_first, owned, packed_tier
 from kvcomp_strategies.quantization import finite
 
 
+@held
 @dataclass(frozen=True, eq=False)
 class Merged(Piece):
     """Vectors as directions `(heads, tokens, dim)`, which two layers share, and lengths `(heads, tokens)`."""
@@ -37,6 +38,7 @@ class Merged(Piece):
         return finite(numbers, self.direction.dtype)
 
 
+@held
 @dataclass(frozen=True, eq=False)
 class Mirror(Piece):
     """What the upper layer of a pair has of its own; directions and tiers are the lower layer's.
@@ -209,7 +211,7 @@ class PairedStorage(CodedStorage):
         for place, run in enumerate(self._slots.runs):
             if run.setting and run.plain[0] >= 2 * recent:
                 self._merge(place, recent, self._store.least(recent))
-        self._look_below()
+                self._look_below()
         super().append(keys, values)
 
     def read(self) -> tuple[Tensor, Tensor]:
@@ -228,6 +230,11 @@ class PairedStorage(CodedStorage):
     def move(self, device: torch.device) -> None:
         """Hold everything on a device; the layer below is there already."""
         super().move(device)
+        self._look_below()
+
+    def load(self, tensors: Mapping[str, Tensor], data: Any) -> None:
+        """Hold what was dumped; the layer below holds it already."""
+        super().load(tensors, data)
         self._look_below()
 
     def snapshot(self) -> Any:

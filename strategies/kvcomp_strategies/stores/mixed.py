@@ -15,13 +15,14 @@ from kvcomp.core.interfaces import Observation, Store
 from kvcomp.core.types import Guide, SlotForm
 from kvcomp_strategies.coding import CodedStorage, Heads, Run
 from kvcomp_strategies.observations.query_peaks import QueryPeaks
-from kvcomp_strategies.pieces import Code, Coded, Piece, Plain, Tiered, cut, high_first, owned, packed_tier
+from kvcomp_strategies.pieces import Code, Coded, Piece, Plain, Tiered, cut, held, high_first, owned, packed_tier
 from kvcomp_strategies.quantization import CHANNELS
 
 FITTED_BITS = (4, 2)  # of what is not important, where the bytes decide
 BALANCE_BYTES = 4  # of one channel's factor, float32
 
 
+@held
 @dataclass(frozen=True)
 class Mix:
     """How a head is coded: `high` slots precisely, the others in `bits`."""

@@ -13,12 +13,13 @@ from torch import Tensor
 from kvcomp.core.interfaces import Store
 from kvcomp.core.types import Guide, SlotForm
 from kvcomp_strategies.coding import CodedStorage, Heads, Run
-from kvcomp_strategies.pieces import Code, Coded, Piece, Plain, cut, owned
+from kvcomp_strategies.pieces import Code, Coded, Piece, Plain, cut, held, owned
 from kvcomp_strategies.quantization import CHANNELS, TOKENS
 
 FITTED_BITS = (8, 4, 2)  # what is tried where the bytes decide, the most precise first
 
 
+@held
 @dataclass(frozen=True)
 class Precision:
     """How a head is coded.
