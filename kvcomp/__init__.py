@@ -37,6 +37,7 @@ from kvcomp.core.types import (
     Assignment,
     AttentionBlock,
     CompressedLayer,
+    Guide,
     LayerPlan,
     LayerView,
     MergePlan,
@@ -44,6 +45,7 @@ from kvcomp.core.types import (
     Pivots,
     Rule,
     Scores,
+    SlotForm,
 )
 from kvcomp.runtime.adapter import ModelAdapter
 from kvcomp.runtime.cache import CompressedCache
@@ -62,6 +64,7 @@ __all__ = [
     "CompressedLayer",
     "ConfigError",
     "DuplicateNameError",
+    "Guide",
     "IgnoredSettingWarning",
     "InputError",
     "KVCompError",
@@ -84,6 +87,7 @@ __all__ = [
     "Scorer",
     "Scores",
     "Session",
+    "SlotForm",
     "SlotStorage",
     "Snapshot",
     "Store",

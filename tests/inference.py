@@ -13,7 +13,9 @@ import kvcomp
 from kvcomp.core.registry import registry
 
 RECIPES = [entry.name for entry in registry.entries("recipe")]
-COMPRESSING = [name for name in RECIPES if name != "full"]
+STRATEGIES = {name: kvcomp.strategy(name) for name in RECIPES}
+COMPRESSING = [name for name, strategy in STRATEGIES.items() if strategy.selector is not None]
+SHRINKING = [name for name, strategy in STRATEGIES.items() if strategy.selector is None and strategy.store.shrinks]
 
 
 def generate(

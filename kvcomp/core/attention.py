@@ -108,7 +108,9 @@ def _probabilities(inputs: AttentionInputs, keys: Tensor, queries: Tensor, rows:
         queries: of these rows, `(batch, heads, rows, head_dim)`.
         rows: `(batch, rows)`, which queries they are.
     """
-    grouped = rearrange(queries.float() * inputs.scaling, "b (kv group) rows d -> b kv (group rows) d", kv=keys.shape[1])
+    grouped = rearrange(
+        queries.float() * inputs.scaling, "b (kv group) rows d -> b kv (group rows) d", kv=keys.shape[1]
+    )
     logits = grouped @ keys
     logits = rearrange(logits, "b kv (group rows) keys -> b (kv group) rows keys", rows=rows.shape[1])
     if inputs.softcap is not None:

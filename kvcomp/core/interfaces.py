@@ -169,9 +169,7 @@ class SlotStorage(ABC):
     """
 
     @abstractmethod
-    def replace(
-        self, keys: Tensor, values: Tensor, mask: Tensor | None = None, guide: Guide | None = None
-    ) -> None:
+    def replace(self, keys: Tensor, values: Tensor, mask: Tensor | None = None, guide: Guide | None = None) -> None:
         """Hold exactly these slots, `(batch, kv_heads, slots, head_dim)` each, and nothing else.
 
         Args:

@@ -101,7 +101,7 @@ class Strategy:
         """
         if self.selector is None:
             return tokens
-        if not (self.store.evicts or self.store.shrinks and self.budget.bytes is not None):
+        if not (self.store.evicts or (self.store.shrinks and self.budget.bytes is not None)):
             return self.budget.slots(tokens, form.heads * form.slot_bytes)
         return self._affordable(tokens, form)
 

@@ -247,7 +247,5 @@ def _taken(run: Run, places: Tensor) -> Run | None:
     if not len(new):
         return None
     index = torch.searchsorted(run.heads, places[new])
-    keys, values = mapped(
-        (run.keys, run.values), lambda tensor: tensor.index_select(0, index.to(tensor.device))
-    )
+    keys, values = mapped((run.keys, run.values), lambda tensor: tensor.index_select(0, index.to(tensor.device)))
     return replace(run, heads=new, keys=keys, values=values)

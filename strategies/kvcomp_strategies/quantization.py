@@ -72,7 +72,7 @@ def quantize(numbers: Tensor, bits: int, group: int, axis: int) -> Quantized:
     most = 2**bits - 1
     grouped = _in_groups(numbers, group, axis)
     low, high = torch.aminmax(grouped, dim=axis)
-    scale = _rounded_up(high.float() / most - low.float() / most, numbers.dtype)
+    scale = _rounded_up((high.float() / 2 - low.float() / 2) * (2 / most), numbers.dtype)  # halves never overflow
     zero = _centred(low, high, scale, most)
     codes = (grouped.float() - zero.float().unsqueeze(axis)) / scale.float().unsqueeze(axis)
     codes = codes.round_().clamp_(0, most).to(torch.uint8)

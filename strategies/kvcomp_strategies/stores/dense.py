@@ -50,9 +50,7 @@ class DenseStorage(SlotStorage):
         self._filled = 0
         self._fresh = True  # nothing was appended to what `replace` left
 
-    def replace(
-        self, keys: Tensor, values: Tensor, mask: Tensor | None = None, guide: Guide | None = None
-    ) -> None:
+    def replace(self, keys: Tensor, values: Tensor, mask: Tensor | None = None, guide: Guide | None = None) -> None:
         """Hold these slots, the empty ones too; copies only what shares its storage with something else."""
         self._buffers = Buffers(_owned(keys), _owned(values))
         self._filled = keys.shape[2]

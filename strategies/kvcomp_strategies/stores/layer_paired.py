@@ -143,7 +143,9 @@ class LayerPairedStore(Store, use="layer-paired"):
         """Return how many of a head's slots can be held exactly, given its bytes in each layer on average."""
         pairs = len(self.uppers(layers))
         room = (limit * layers - (layers - 2 * pairs) * slots * form.slot_bytes) // pairs
-        sizes = self.pair_bytes(torch.tensor(slots), torch.arange(slots + 1), form)
+        if room >= 2 * slots * form.slot_bytes:
+            return slots
+        sizes = self.pair_bytes(torch.tensor(slots), torch.arange(slots), form)
         return int((sizes <= room).sum()) - 1
 
     def setting(self, slots: int, limit: int | None, form: SlotForm) -> None:
@@ -170,7 +172,9 @@ class LayerPairedStore(Store, use="layer-paired"):
         high, low = order[:, :kept], order[:, kept:]
         lengths = [finite(length(numbers).gather(1, low[..., 0]), lower.dtype) for numbers in (lower, upper)]
         merged = Merged(finite(direction, lower.dtype).gather(1, low), lengths[0])
-        return Tiered(Plain(lower.gather(1, high)), merged, packed_tier(tier)), Mirror(upper.gather(1, high), lengths[1])
+        return Tiered(Plain(lower.gather(1, high)), merged, packed_tier(tier)), Mirror(
+            upper.gather(1, high), lengths[1]
+        )
 
 
 class PairedStorage(CodedStorage):
