@@ -249,7 +249,7 @@ class Strategy:
 
 
 def working(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """Return the parts that have something to do: without a selector the store alone, and the scorer if it needs one."""
+    """Return the parts that have something to do: without a selector the store, and the scorer if that needs one."""
     stores = tuple(part for part in parts if isinstance(part, Store))
     if any(isinstance(part, PivotSelector) for part in parts):
         return tuple(parts)

@@ -100,7 +100,7 @@ class LayerState:
     # --- changing ---
 
     def take_form(self, keys: Tensor, values: Tensor, layers: int) -> None:
-        """Take note of what the layer is to hold, `(batch, kv_heads, tokens, head_dim)` each: dtype, device and form."""
+        """Take note of what the layer is to hold, `(batch, kv_heads, tokens, head_dim)` each."""
         self.dtype, self.device = keys.dtype, keys.device
         self.form = SlotForm(layers, keys.shape[1], keys.shape[-1], values.shape[-1], keys.element_size())
         self.is_initialized = True
