@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -71,7 +71,6 @@ class Heads:
     values: Tensor
     importance: Tensor | None = None
     extra: Tensor | None = None
-    form: SlotForm = field(default=SlotForm(1, 1, 0, 0, 0))
 
 
 class Coder(Protocol):
@@ -115,8 +114,7 @@ class CodedStorage(SlotStorage):
             keys.flatten(0, 1),
             values.flatten(0, 1),
             None if guide is None else guide.importance.flatten(0, 1),
-            self._extra(guide, batch * kv_heads),
-            form,
+            self._extra(guide),
         )
         runs = [self._run(source, torch.tensor(heads), length, how) for (length, how), heads in alike.items()]
         self._slots = Slots(tuple(runs), batch, kv_heads, slots)
@@ -194,7 +192,7 @@ class CodedStorage(SlotStorage):
             return self._settings
         return tuple(self._coder.setting(length, None, form) for length in lengths)
 
-    def _extra(self, guide: Guide | None, heads: int) -> Tensor | None:
+    def _extra(self, guide: Guide | None) -> Tensor | None:
         extra = None if guide is None else self._coder.extras(guide)
         return None if extra is None else extra.flatten(0, 1)
 
@@ -232,7 +230,6 @@ def _picked(source: Heads, heads: Tensor, length: int) -> Heads:
         _heads(source.values, heads)[:, :length],
         None if importance is None else _heads(importance, heads)[:, :length],
         None if source.extra is None else _heads(source.extra, heads),
-        source.form,
     )
 
 
