@@ -86,6 +86,7 @@ class BudgetAllocator(Part):
 
     kind = "allocator"
     scope: ClassVar[Literal["layer", "model"]] = "layer"  # "model" needs every layer's scores first
+    even: ClassVar[bool] = False  # every head of every layer gets the same
 
     @abstractmethod
     def allocate(self, slots: Tensor, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -201,6 +202,7 @@ class Strategy:
         """Return what the store may go by for the slots of this plan; None for a store that holds them as they are.
 
         The bytes of a row go to its heads and layers by the slots that they keep, as if all had the uniform share.
+        Where heads keep different numbers because the bytes are short, each takes as few as it can.
         """
         if not self.store.shrinks or plan.pivots is None:
             return None
@@ -208,15 +210,21 @@ class Strategy:
         share = self.slots(tokens, layer.form)[:, None]
         kept = plan.pivots.filled().sum(dim=-1).cpu()  # one sync per layer; bytes decide shapes
         limit = self.limit(tokens, layer.form)[:, None] * kept // (layer.form.heads * share)
+        if self.store.evicts and not self.allocator.even:
+            limit = limit.masked_fill(share < tokens[:, None], 0)
         importance = scores.values.masked_fill(scores.protected, float("inf"))
         return Guide(limit, plan.pivots.gather(importance), layer.observations)
 
     def _affordable(self, tokens: Tensor, form: SlotForm) -> Tensor:
-        """Return the most slots of each row that the store can hold in the budget's bytes."""
-        sizes = self.store.smallest(torch.arange(1, int(tokens.max()) + 1), form)
+        """Return the most slots of each row that the store can hold in the budget's bytes, however they are divided."""
+        counts = torch.arange(1, int(tokens.max()) + 1)
+        sizes = self.store.smallest(counts, form)
         limit = self.budget.nbytes(tokens, form.heads * form.slot_bytes)
-        fits = (sizes <= limit[:, None]) & (torch.arange(1, len(sizes) + 1) <= tokens[:, None])
-        slots = (fits * torch.arange(1, len(sizes) + 1)).amax(dim=-1)
+        rows = []
+        for most, room in zip(tokens.tolist(), limit.tolist(), strict=True):
+            needed = sizes[:most] if self.allocator.even else concave(sizes[:most])
+            rows.append((counts[:most] * (needed <= room)).max())
+        slots = torch.stack(rows)
         if self.budget.bytes is not None and int(slots.min()) == 0:
             raise BudgetError(
                 f"a budget of {self.budget.bytes} bytes is below one slot per KV head and layer, which takes "
@@ -280,6 +288,33 @@ def _store_conflicts(parts: Sequence[Part]) -> list[str]:
                 "precise it is (`bits: 2`) or to evict what does not fit (`evict: true`), if it has such settings"
             )
     return faults
+
+
+def concave(sizes: Tensor) -> Tensor:
+    """Return the most that heads of 1, 2, ... slots can take on average, if `sizes` `(slots,)` is what a head takes.
+
+    This is the least concave majorant: however a number of slots is divided among heads, their mean size is below it.
+
+    >>> concave(torch.tensor([1, 5, 6, 7])).tolist()
+    [3, 5, 6, 7]
+    """
+    hull = [(0, 0)]
+    for count, size in enumerate(sizes.tolist(), start=1):
+        while len(hull) > 1 and _below(hull[-2], hull[-1], (count, size)):
+            hull.pop()
+        hull.append((count, size))
+    steps = [
+        low + -((low - high) * (place - start) // (end - start))  # rounded up
+        for (start, low), (end, high) in itertools.pairwise(hull)
+        for place in range(start + 1, end + 1)
+    ]
+    return torch.tensor(steps)
+
+
+def _below(first: tuple[int, int], middle: tuple[int, int], last: tuple[int, int]) -> bool:
+    """Return whether the middle point is not above the line between the others."""
+    rise, run = last[1] - first[1], last[0] - first[0]
+    return (middle[1] - first[1]) * run <= rise * (middle[0] - first[0])
 
 
 def _nothing_goes(layer: LayerView, pivots: Pivots) -> bool:

@@ -52,8 +52,7 @@ class QuantizedStore(Store, use="quantized"):
     fits; else the most bits of 8, 4 and 2 with which it fits with at most `residual` recent slots as they are; then
     as many recent slots more as there is room for. Where 2 bits fit only with a shorter window, the window is shorter.
     Less than 2 bits for every slot is refused, unless the recipe evicts (`evict: true`): then as many tokens stay as
-    2 bits can hold. The bytes of a row go to its heads in proportion to their slots; with heads that keep different
-    numbers, incomplete groups can take a little more.
+    2 bits can hold. The bytes of a row go to its heads in proportion to their slots.
 
     Deviations from KIVI: a scale is rounded up and never 0, so constant groups are exact; a group may be shorter at
     the end of the prompt or of a head; a block is coded at the start of the step after it is complete, so that one

@@ -6,17 +6,30 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kvcomp_strategies.allocators.uniform import UniformAllocator
 from kvcomp_strategies.observations.query_peaks import QueryPeaks
 from kvcomp_strategies.observations.received_attention import ReceivedSums
+from kvcomp_strategies.stores.quantized import QuantizedStore
 
 import kvcomp
 from kvcomp import Budget, BudgetError, SlotForm
-from kvcomp.core.strategy import working
+from kvcomp.core.strategy import concave, working
 from kvcomp.testing import make_sample, view_for
 
 FORM = SlotForm(layers=3, kv_heads=2, key_dim=8, value_dim=8, itemsize=4)
 FULL = FORM.heads * FORM.slot_bytes  # bytes of one slot over all heads and layers
 H2O = {"scorer": "received-attention", "selector": "top-k"}
+
+
+class Uneven(UniformAllocator, use="uneven"):
+    """Says that heads may get different numbers."""
+
+    even = False
+
+
+def one_head(form: SlotForm) -> SlotForm:
+    """The form of one head of one layer."""
+    return replace(form, layers=1, kv_heads=1)
 
 
 def evicting(budget: object) -> kvcomp.Strategy:
@@ -82,6 +95,29 @@ def test_a_store_that_evicts_is_given_as_many_slots_as_it_can_hold() -> None:
     assert (slots < tokens).all()
     assert torch.equal(evicting(0.5).slots(tokens, FORM), tokens)
     assert evicting(0.001).slots(tokens, FORM).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("bits", [None, 2])
+def test_bytes_hold_however_uneven_allocators_divide_the_slots(bits: int | None) -> None:
+    strategy = replace(evicting(0.1), allocator=Uneven(), store=QuantizedStore(bits=bits, evict=True))
+    tokens = torch.tensor([300])
+    (slots,) = strategy.slots(tokens, FORM).tolist()
+    limit = 300 * FULL // 10
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        parts = torch.rand(6, generator=generator).pow(4)
+        heads = (parts / parts.sum() * slots * 6).long().clamp(1, 300)
+        assert strategy.store.smallest(heads, one_head(FORM)).sum() <= limit
+    assert slots >= 1
+
+
+def test_a_concave_majorant_is_above_every_mixture() -> None:
+    sizes = torch.tensor([3, 20, 21, 22, 40, 41, 41, 90])
+    bound = concave(sizes)
+    assert (bound >= sizes).all()
+    for one in range(8):
+        for other in range(one, 8, 2):
+            assert 2 * bound[(one + other) // 2] >= sizes[one] + sizes[other]
 
 
 def test_bytes_below_one_slot_are_refused() -> None:
