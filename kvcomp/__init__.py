@@ -38,6 +38,7 @@ from kvcomp.core.types import (
     Assignment,
     AttentionBlock,
     CompressedLayer,
+    Guide,
     LayerPlan,
     LayerView,
     MergePlan,
@@ -45,6 +46,7 @@ from kvcomp.core.types import (
     Pivots,
     Rule,
     Scores,
+    SlotForm,
 )
 from kvcomp.runtime.adapter import ModelAdapter
 from kvcomp.runtime.cache import CompressedCache
@@ -64,6 +66,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DuplicateNameError",
+    "Guide",
     "IgnoredSettingWarning",
     "InputError",
     "KVCompError",
@@ -86,6 +89,7 @@ __all__ = [
     "Scorer",
     "Scores",
     "Session",
+    "SlotForm",
     "SlotStorage",
     "Snapshot",
     "Store",

@@ -157,7 +157,7 @@ def _build(document: dict[str, Any], faults: list[str], label: str) -> Strategy:
         faults.append(f"{key}: no such key. {suggest(key, (*PART_KEYS, *SETTING_KEYS))}")
     part_faults: list[str] = []
     fields: dict[str, Any] = {kind: _part(kind, document, part_faults) for kind in PART_KEYS}
-    if not part_faults and fields["selector"] is not None:
+    if not part_faults:
         part_faults = conflicts([part for part in fields.values() if part is not None])
     faults += part_faults
     if not isinstance(name := document.get("name", "custom"), str):

@@ -56,8 +56,10 @@ class CompressedCache(Cache):
         self.attached = attached
         self.defer = defer
         self.reserve = reserve
+        storages = strategy.store.open_all(len(full), reserve)
         self.compressed_layers: dict[int, CompressedCacheLayer] = {
-            number: CompressedCacheLayer(weakref.proxy(self), place, len(full)) for place, number in enumerate(full)
+            number: CompressedCacheLayer(weakref.proxy(self), place, len(full), storages[place])
+            for place, number in enumerate(full)
         }
         self._modality: Tensor | None = None
         self._positions: Tensor | None = None
@@ -134,7 +136,7 @@ class CompressedCache(Cache):
         allocated = sum(layer.allocated_bytes for layer in layers)
         return Report(
             recipe=self.strategy.name,
-            budget=str(self.strategy.budget) if self.strategy.selector else "1",
+            budget="1" if self.strategy.ignores_budget else str(self.strategy.budget),
             turns=self.strategy.turns,
             layers=layers,
             untouched=tuple(number for number in range(len(self.layers)) if number not in self.compressed_layers),

@@ -40,9 +40,11 @@ def save_cache(cache: CompressedCache, path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     layers: list[dict[str, Any]] = []
     for number, layer in cache.compressed_layers.items():
-        tensors |= {f"{number}.{name}": tensor.contiguous().clone() for name, tensor in _tensors(layer).items()}
+        stored, data = layer.storage.dump()
+        own = _tensors(layer) | stored
+        tensors |= {f"{number}.{name}": tensor.contiguous().clone() for name, tensor in own.items()}
         carried = [observation.dump() for observation in layer.carried]
-        layers.append({name: getattr(layer, name) for name in NUMBERS} | {"carried": carried})
+        layers.append({name: getattr(layer, name) for name in NUMBERS} | {"carried": carried, "storage": data})
     header = {"format": FORMAT, "kvcomp": __version__, "strategy": cache.strategy.dump(), "layers": layers}
     header["shape"] = _shape(next(iter(cache.compressed_layers.values())))
     save_file(tensors, path, metadata={"kvcomp": json.dumps(header)})
@@ -74,8 +76,7 @@ def saved_strategy(path: Path) -> Any:
 
 
 def _shape(layer: CompressedCacheLayer) -> dict[str, Any]:
-    keys = layer.storage.read()[0]
-    return {"kv_heads": layer.kv_heads, "head_dim": keys.shape[3], "dtype": str(layer.dtype)}
+    return {"kv_heads": layer.form.kv_heads, "head_dim": layer.form.key_dim, "dtype": str(layer.dtype)}
 
 
 def expected_shape(model: Any) -> dict[str, Any]:
@@ -87,11 +88,10 @@ def expected_shape(model: Any) -> dict[str, Any]:
 
 
 def _tensors(layer: CompressedCacheLayer) -> dict[str, Tensor]:
-    """Return everything of a layer that is a tensor, the tail moved into the table."""
+    """Return everything of a layer beside its storage that is a tensor, the tail moved into the table."""
     table = layer.all_slots()
     assert table is not None
-    keys, values = layer.storage.read()
-    found = {"keys": keys, "values": values, "tokens": layer.tokens + layer.tail, "rho": layer.rho}
+    found = {"tokens": layer.tokens + layer.tail, "rho": layer.rho}
     found |= {f"table.{name}": getattr(table, name) for name in TABLE}
     if table.columns is table.indices:
         del found["table.columns"]
@@ -101,8 +101,9 @@ def _tensors(layer: CompressedCacheLayer) -> dict[str, Tensor]:
 
 
 def _fill(layer: CompressedCacheLayer, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    layer.lazy_initialization(tensors["keys"], tensors["values"])
-    layer.storage.replace(tensors["keys"], tensors["values"])
+    data = numbers.get("storage")
+    layer.storage.load(tensors, data)
+    layer.lazy_initialization(*layer.storage.read())
     table = {name: tensors.get(f"table.{name}") for name in TABLE}
     table["columns"] = table["indices"] if table["columns"] is None else table["columns"]
     layer.table = SlotTable(**table)  # type: ignore[arg-type]
@@ -113,7 +114,7 @@ def _fill(layer: CompressedCacheLayer, numbers: dict[str, Any], tensors: dict[st
         setattr(layer, name, numbers[name])
     layer.carried = {_observation(spec): tensors[f"carried.{place}"] for place, spec in enumerate(numbers["carried"])}
     layer.holds_padding = tensors.get("table.mask") is not None
-    if layer.trimmed and layer.holds_padding:
+    if data is None and layer.trimmed and layer.holds_padding:
         layer.keep_slots(tensors["table.mask"])  # the file holds heads padded to the longest
 
 

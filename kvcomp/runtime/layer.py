@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from kvcomp.core.errors import UnsupportedUseError
-from kvcomp.core.interfaces import Observation
+from kvcomp.core.interfaces import Observation, SlotStorage
 from kvcomp.core.packed import PackedSlots
 from kvcomp.core.strategy import Strategy
 from kvcomp.core.types import LayerView, Pivots, Scores
@@ -28,7 +28,6 @@ class Request(Protocol):
 
     strategy: Strategy
     defer: bool
-    reserve: int | None
 
     def check_in_use(self) -> None:
         """Raise where the cache may not be written to."""
@@ -50,16 +49,19 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
     stock cache.
     """
 
-    def __init__(self, request: Request, number: int, layers: int) -> None:
+    def __init__(self, request: Request, number: int, layers: int, storage: SlotStorage) -> None:
         # CacheLayerMixin.__init__ would assign `keys` and `values`, which are read from the storage here.
         self.request = request
         self.number = number  # among the compressed layers
         self.layers = layers
+        self.storage = storage
+        self._empty = storage.snapshot()
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
-        self.hold_nothing(self.request.strategy.store.open(self.request.reserve))
+        self.storage.restore(self._empty)
+        self.hold_nothing(self.storage)
         self.rho: Tensor | None = None  # (batch,), of the last compression
         self.seconds = 0.0
         self.forwards: tuple[Forward, ...] = ()  # seen by attention and not yet compressed
@@ -79,7 +81,7 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Remember what the layer is to hold."""
-        self.take_form(key_states, value_states)
+        self.take_form(key_states, value_states, self.layers)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take in new tokens, `(batch, kv_heads, tokens, head_dim)`, and return keys and values of all slots; only the
@@ -189,7 +191,7 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         new = queries.shape[2]
         if new == 1 and self.only_causal(mask) and self.held_table.mask is None:
             return None
-        table, group = self.whole_table(), queries.shape[1] // self.kv_heads
+        table, group = self.whole_table(), queries.shape[1] // self.form.kv_heads
         slot_mask = over_slots(mask, table, new, self.seen - new, group)
         if not self.request.strategy.mass_preserving:
             return slot_mask
@@ -264,21 +266,23 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         self.memory = plan.assignment.memory
         padded = table.columns is not table.indices
         self.table = SlotTable.of(layer, plan.pivots.gather(table.columns) if padded else None)
-        self.storage.replace(layer.keys, layer.values, layer.mask)
+        guide = strategy.guide(view, plan, scores)
+        self.storage.replace(layer.keys, layer.values, layer.mask, guide)
         self._carry(view, plan.pivots)
         self._view = self._scores = None
         self.seconds += time.perf_counter() - started
 
     def _everything_fits(self) -> bool:
         """Return whether every row may keep all it holds, and holds no padding."""
-        if self.request.strategy.selector is None:
+        strategy = self.request.strategy
+        if strategy.ignores_budget:
             return True
         assert self.held_table is not None
-        return not self.trimmed and self.held_table.mask is None and bool((self.share() >= self.tokens).all())
+        return not self.trimmed and self.held_table.mask is None and strategy.keeps_all(self.tokens, self.form)
 
     def share(self) -> Tensor:
         """Return the uniform share of the budget, `(batch,)` on the CPU: of all tokens seen."""
-        return self.request.strategy.slots(self.tokens, self.layers * self.kv_heads * self.slot_bytes)
+        return self.request.strategy.slots(self.tokens, self.form)
 
     def bookkeeping(self) -> list[Tensor]:
         """Return every tensor that the layer keeps beside keys and values."""
@@ -287,7 +291,7 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
     def _observe_only(self) -> None:
         """Measure rho, and what later turns add to, of a layer that keeps everything."""
         strategy = self.request.strategy
-        if strategy.selector is None:
+        if not strategy.observations:
             return
         later = () if strategy.budget.ratio == 1 else tuple(seen for seen in strategy.observations if seen.carried)
         wanted = tuple(dict.fromkeys((*strategy.policy.observations(), *later)))
