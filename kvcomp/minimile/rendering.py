@@ -67,8 +67,8 @@ def draw_thing(rng: Random, thing: Thing) -> Image.Image:
 def draw_scene(rng: Random, things: Mapping[int, Thing], background: str | None = None, radius: int = 9) -> Image.Image:
     """Return an image of small shapes, each in its own cell (0 to 3, in reading order).
 
-    The cells are lit differently, the same way in every image. Without that nothing but M-RoPE would tell where a token
-    lies, and its column turns by a thousandth of a radian from one token to the next.
+    The lower row is tinted red and the right column blue, in every image. Without that nothing but M-RoPE would tell
+    where a token lies, and from one column to the next that turns by a thousandth of a radian.
 
     Args:
         rng: decides places to two pixels, and the noise.
@@ -78,10 +78,9 @@ def draw_scene(rng: Random, things: Mapping[int, Thing], background: str | None 
     """
     image = Image.new("RGB", (SIDE, SIDE))
     draw = ImageDraw.Draw(image)
-    base = (_SHADE,) * 3 if background is None else _dark(RGB[background])
-    light = rng.randint(0, 16)
+    red, green, blue = _grey(rng, 24) if background is None else _dark(RGB[background])
     for cell in range(CELLS):
-        fill = tuple(part + light + _SHADE * cell for part in base)
+        fill = (red + _TINT * (cell // 2), green, blue + _TINT * (cell % 2))
         left, top = CELL * (cell % 2), CELL * (cell // 2)
         draw.rectangle((left, top, left + CELL - 1, top + CELL - 1), fill=fill)
     for cell, thing in things.items():
@@ -120,8 +119,8 @@ def draw_table(rng: Random, cells: Mapping[str, str]) -> Image.Image:
     return _noisy(rng, image)
 
 
-def _grey(rng: Random) -> tuple[int, int, int]:
-    level = rng.randint(16, 64)
+def _grey(rng: Random, most: int = 64) -> tuple[int, int, int]:
+    level = rng.randint(16, most)
     return level, level, level
 
 
@@ -135,7 +134,7 @@ def _noisy(rng: Random, image: Image.Image) -> Image.Image:
     return ImageChops.add(image, noise.point(_LOW_BITS))
 
 
-_SHADE = 16
+_TINT = 40
 _LOW_BITS = [value & 15 for value in range(256)] * 3
 
 
