@@ -51,7 +51,7 @@ class NoImages(Method):
     def strategy_for(self, batch: Batch) -> Strategy:
         """Return the strategy with room for the text of this sample."""
         text = int((~batch.visual & batch.inputs["attention_mask"].bool()).sum(dim=1).max())
-        return replace(self.strategy, budget=Budget.parse({"tokens": text}))
+        return replace(self.strategy, budget=Budget.parse({"tokens": text - batch.question_tokens}))
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from kvcomp.core.types import (
     Assignment,
     AttentionBlock,
     CompressedLayer,
+    Guide,
     LayerPlan,
     LayerView,
     MergePlan,
@@ -47,6 +48,7 @@ from kvcomp.core.types import (
     Repeat,
     Rule,
     Scores,
+    SlotForm,
 )
 from kvcomp.runtime.adapter import ModelAdapter
 from kvcomp.runtime.cache import CompressedCache
@@ -66,6 +68,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DuplicateNameError",
+    "Guide",
     "IgnoredSettingWarning",
     "InputError",
     "KVCompError",
@@ -90,6 +93,7 @@ __all__ = [
     "Scorer",
     "Scores",
     "Session",
+    "SlotForm",
     "SlotStorage",
     "Snapshot",
     "Store",

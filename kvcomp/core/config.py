@@ -162,8 +162,7 @@ def _build(document: dict[str, Any], faults: list[str], label: str) -> Strategy:
     turns = _choice(document, "turns", ("recompress", "append"), faults)
     if not part_faults:
         parts = [part for part in fields.values() if part is not None]
-        part_faults = conflicts(parts) if fields["selector"] is not None else []
-        part_faults += trigger_conflicts(parts, trigger, turns)
+        part_faults = conflicts(parts) + trigger_conflicts(parts, trigger, turns)
     faults += part_faults
     if not isinstance(name := document.get("name", "custom"), str):
         faults.append(f"name: must be a text, got {name!r}")

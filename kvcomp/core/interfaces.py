@@ -5,7 +5,7 @@ settings.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,7 +13,17 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from kvcomp.core.packed import PackedSlots
-from kvcomp.core.types import Assignment, AttentionBlock, LayerPlan, LayerView, Pivots, Repeat, Scores
+from kvcomp.core.types import (
+    Assignment,
+    AttentionBlock,
+    Guide,
+    LayerPlan,
+    LayerView,
+    Pivots,
+    Repeat,
+    Scores,
+    SlotForm,
+)
 
 
 class Part(BaseModel, ABC):
@@ -135,6 +145,7 @@ class BudgetAllocator(Part):
 
     kind = "allocator"
     scope: ClassVar[Literal["layer", "model"]] = "layer"  # "model" needs every layer's scores first
+    even: ClassVar[bool] = False  # every head of every layer gets the same
     firm: ClassVar[bool] = False  # refuses a budget that does not hold what is protected
 
     def __init_subclass__(cls, use: str | None = None, **kwargs: Any) -> None:
@@ -273,13 +284,15 @@ class SlotStorage(ABC):
     """
 
     @abstractmethod
-    def replace(self, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> None:
+    def replace(self, keys: Tensor, values: Tensor, mask: Tensor | None = None, guide: Guide | None = None) -> None:
         """Hold exactly these slots, `(batch, kv_heads, slots, head_dim)` each, and nothing else.
 
         Args:
             keys: of the slots.
             values: of the slots.
             mask: `(batch, kv_heads, slots)` bool, false at the end of heads that keep fewer; None where all are full.
+            guide: what a compression knows of the slots; None where nothing was compressed, as when slots are cropped:
+                then they are held as precisely as those that were there.
         """
 
     @abstractmethod
@@ -310,6 +323,27 @@ class SlotStorage(ABC):
     def nbytes(self) -> int:
         """Return the bytes of all storages of keys and values held, filled or not, read from the storages."""
 
+    def filled_nbytes(self, slots: int, slot_bytes: int) -> int:
+        """Return the bytes of keys and values in the filled slots alone.
+
+        Args:
+            slots: filled slots of all rows and heads.
+            slot_bytes: of one slot of one head, as it came in. Stores that make slots smaller do not multiply.
+        """
+        return slots * slot_bytes
+
+    def dump(self) -> tuple[dict[str, Tensor], Any]:
+        """Return what a file must hold: tensors by name, and plain data, None where keys and values are all there is.
+
+        Stores that do not hold slots as they came override it, with `load`.
+        """
+        keys, values = self.read()
+        return {"keys": keys, "values": values}, None
+
+    def load(self, tensors: Mapping[str, Tensor], data: Any) -> None:
+        """Hold what `dump` returned."""
+        self.replace(tensors["keys"], tensors["values"])
+
     @abstractmethod
     def snapshot(self) -> Any:
         """Return what `restore` needs to hold these slots again, sharing their memory: later appends leave it alone."""
@@ -320,9 +354,43 @@ class SlotStorage(ABC):
 
 
 class Store(Part):
-    """Says how a layer's slots are held in memory."""
+    """Says how a layer's slots are held in memory.
+
+    A store that makes slots smaller `shrinks`. Where nothing is evicted, a budget is then of bytes, and the store must
+    hold every token in them. One that `fits` chooses how: by the bytes that it may take. One that `evicts` is given as
+    many tokens as it can hold in the bytes; otherwise a recipe with a selector keeps the budget's share of the tokens,
+    whatever the store makes of them.
+    """
 
     kind = "store"
+
+    @property
+    def shrinks(self) -> bool:
+        """Return whether slots take fewer bytes than they came in with."""
+        return False
+
+    @property
+    def fits(self) -> bool:
+        """Return whether the bytes that it may take decide how precisely slots are held."""
+        return False
+
+    @property
+    def evicts(self) -> bool:
+        """Return whether the budget of an evicting recipe is of bytes, of which this store makes the most."""
+        return False
+
+    def smallest(self, slots: Tensor, form: SlotForm) -> Tensor:
+        """Return the fewest bytes that rows of this many slots per head take over all heads and layers.
+
+        Args:
+            slots: any shape, int64 on the CPU.
+            form: of the slots as they come in.
+        """
+        return slots * form.heads * form.slot_bytes
+
+    def open_all(self, layers: int, reserve: int | None = None) -> Sequence[SlotStorage]:
+        """Return an empty storage for each layer; overridden by stores whose layers share something."""
+        return [self.open(reserve) for _ in range(layers)]
 
     @abstractmethod
     def open(self, reserve: int | None = None) -> SlotStorage:

@@ -97,7 +97,7 @@ class Evaluation:
     Args:
         bed: who answers.
         method: see `find_method`.
-        samples: how many of each task.
+        samples: how many of each task, or all that it has if there are fewer.
         split: of the tasks; no training run has seen one that begins with `eval-`.
         mode: whether the question is compressed with the context; if it comes later, nothing after the context is
             compressed (`turns: append`).
@@ -137,7 +137,8 @@ class Evaluation:
 
     def outcomes(self, task: Task) -> Iterator[Outcome]:
         """Yield what each sample showed, in the order of their batches."""
-        samples = [self.method.ask(task.sample(self.split, number)) for number in range(self.samples)]
+        count = self.samples if task.size is None else min(self.samples, task.size)
+        samples = [self.method.ask(task.sample(self.split, number)) for number in range(count)]
         source = f"{task.name}, split {self.split}"
         for batch in make_batches(self.bed, source, samples, self.batch, self.mode):
             answers = answer(

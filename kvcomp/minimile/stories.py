@@ -16,6 +16,8 @@ from kvcomp.minimile.vocabulary import ADJECTIVES, NOUNS, VERBS
 VERSION = "minimile-2"
 IMAGE_TOKENS = 6
 """Four visual tokens between the start and the end mark."""
+TAIL = 24
+"""So many tokens of context follow what a sample asks for: else the last slots alone would answer it."""
 
 
 class Question(NamedTuple):
@@ -63,6 +65,11 @@ class Story:
     questions: tuple[Question, ...]
     places: tuple[tuple[int, int], ...]
 
+    def answerable_late(self, question: Question) -> bool:
+        """Return whether what a question rests on stands so near to the end that the latest tokens answer it."""
+        end = max(self.places[item][1] for item in question.items)
+        return count_tokens(self.parts[end:]) < TAIL
+
     def sample(self, question: Question, depth: float | None = None) -> Sample:
         """Return the sample that asks one question."""
         evidence = tuple(Span(part) for item in question.items for part in range(*self.places[item]))
@@ -94,7 +101,7 @@ def assemble(
         questions: about the items, by their numbers in `items`.
         tokens: how many the context has at least.
         ordered: keep the items in order and after one another; filler then comes before and after.
-        needle: an item and how deep it stands among the others, from 0 to 1.
+        needle: an item and how deep it stands among the others, from 0 to 1, but never in the tail.
     """
     filler = [(None, sentence) for sentence in _filler(rng, tokens - sum(map(count_tokens, items)))]
     numbered: list[tuple[int | None, Item]] = list(enumerate(items))
@@ -107,7 +114,10 @@ def assemble(
     if needle is not None:
         number, depth = needle
         held = chunks.pop(next(place for place, (item, _) in enumerate(chunks) if item == number))
-        chunks.insert(round(depth * len(chunks)), held)
+        place = round(depth * len(chunks))
+        while place and sum(count_tokens(chunk) for _, chunk in chunks[place:]) < TAIL:
+            place -= 1
+        chunks.insert(place, held)
     parts: list[Part] = []
     places = {}
     for item, chunk in chunks:

@@ -68,6 +68,7 @@ class MiniTask(Task):
         asked = [question for question in story.questions if question.kind == kind]
         if held_out or self.grid:
             asked = [question for question in asked if 0 in question.items] or asked
+        asked = [question for question in asked if not story.answerable_late(question)] or asked
         return story.sample(rng.choice(asked), depth)
 
 
@@ -320,12 +321,11 @@ class IEdit(Pairs):
         """Return the two images and the edit."""
         before = _scene(rng, things, held_out=held_out)
         after, background, radius = dict(before), None, 9
-        said = rng.choice(("background", "paint", "remove", "bigger", "smaller", "mirror", "flip"))
+        said = rng.choice(("background", "paint", "remove", "bigger", "smaller", "mirror"))
         if said in ("bigger", "smaller"):
             radius = 12 if said == "bigger" else 6
-        elif said in ("mirror", "flip"):
-            turn = 1 if said == "mirror" else 2
-            after = {cell ^ turn: thing for cell, thing in before.items()}
+        elif said == "mirror":
+            after = {cell ^ 1: thing for cell, thing in before.items()}  # the columns change places
         elif said == "remove":
             cell, thing = rng.choice(list(before.items()))
             del after[cell]

@@ -62,8 +62,10 @@ class CompressedCache(Cache):
         self.reserve = reserve
         self.reads_rotary, self.recompresses = strategy.reads_rotary, strategy.recompresses
         self.rotary_start = RotaryColumns()
+        storages = strategy.store.open_all(len(full), reserve)
         self.compressed_layers: dict[int, CompressedCacheLayer] = {
-            number: CompressedCacheLayer(weakref.proxy(self), place, len(full)) for place, number in enumerate(full)
+            number: CompressedCacheLayer(weakref.proxy(self), place, len(full), storages[place])
+            for place, number in enumerate(full)
         }
         self._modality: Tensor | None = None
         self._positions: Tensor | None = None
@@ -162,7 +164,7 @@ class CompressedCache(Cache):
         allocated = sum(layer.allocated_bytes for layer in layers)
         return Report(
             recipe=self.strategy.name,
-            budget=str(self.strategy.budget) if self.strategy.selector else "1",
+            budget="1" if self.strategy.ignores_budget else str(self.strategy.budget),
             turns=self.strategy.turns,
             trigger=str(self.strategy.trigger),
             layers=layers,

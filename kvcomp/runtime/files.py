@@ -43,10 +43,13 @@ def save_cache(cache: CompressedCache, path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     layers: list[dict[str, Any]] = []
     for number, layer in cache.compressed_layers.items():
-        tensors |= {f"{number}.{name}": tensor.contiguous().clone() for name, tensor in _tensors(layer).items()}
+        stored, data = layer.storage.dump()
+        own = _tensors(layer) | stored
+        tensors |= {f"{number}.{name}": tensor.contiguous().clone() for name, tensor in own.items()}
         carried = [observation.dump() for observation in layer.carried]
         layers.append(
-            {name: getattr(layer, name) for name in NUMBERS} | {"carried": carried, "log": layer.log.dump()[1]}
+            {name: getattr(layer, name) for name in NUMBERS}
+            | {"carried": carried, "log": layer.log.dump()[1], "storage": data}
         )
     header = {"format": FORMAT, "kvcomp": __version__, "strategy": cache.strategy.dump(), "layers": layers}
     header["rotary"] = _save_rotary(list(cache.compressed_layers.values()), tensors)
@@ -81,8 +84,7 @@ def saved_strategy(path: Path) -> Any:
 
 
 def _shape(layer: CompressedCacheLayer) -> dict[str, Any]:
-    keys = layer.storage.read()[0]
-    return {"kv_heads": layer.kv_heads, "head_dim": keys.shape[3], "dtype": str(layer.dtype)}
+    return {"kv_heads": layer.form.kv_heads, "head_dim": layer.form.key_dim, "dtype": str(layer.dtype)}
 
 
 def expected_shape(model: Any) -> dict[str, Any]:
@@ -94,12 +96,11 @@ def expected_shape(model: Any) -> dict[str, Any]:
 
 
 def _tensors(layer: CompressedCacheLayer) -> dict[str, Tensor]:
-    """Return everything of a layer that is a tensor, the tail moved into the table."""
+    """Return everything of a layer beside its storage that is a tensor, the tail moved into the table."""
     table = layer.all_slots()
     assert table is not None
-    keys, values = layer.storage.read()
-    found = {"keys": keys, "values": values, "tokens": layer.tokens + layer.tail, "rho": layer.rho}
-    found |= {f"log.{name}": entry for name, entry in layer.log.dump()[0].items()} | {"prompt": layer.prompt}
+    found = {"tokens": layer.tokens + layer.tail, "prompt": layer.prompt, "rho": layer.rho}
+    found |= {f"log.{name}": entry for name, entry in layer.log.dump()[0].items()}
     found |= {f"table.{name}": getattr(table, name) for name in TABLE}
     if table.columns is table.indices:
         del found["table.columns"]
@@ -109,8 +110,9 @@ def _tensors(layer: CompressedCacheLayer) -> dict[str, Tensor]:
 
 
 def _fill(layer: CompressedCacheLayer, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    layer.lazy_initialization(tensors["keys"], tensors["values"])
-    layer.storage.replace(tensors["keys"], tensors["values"])
+    data = numbers.get("storage")
+    layer.storage.load(tensors, data)
+    layer.lazy_initialization(*layer.storage.read())
     table = {name: tensors.get(f"table.{name}") for name in TABLE}
     table["columns"] = table["indices"] if table["columns"] is None else table["columns"]
     layer.table = SlotTable(**table)  # type: ignore[arg-type]
@@ -123,7 +125,7 @@ def _fill(layer: CompressedCacheLayer, numbers: dict[str, Any], tensors: dict[st
         setattr(layer, name, numbers[name])
     layer.carried = {_observation(spec): tensors[f"carried.{place}"] for place, spec in enumerate(numbers["carried"])}
     layer.holds_padding = tensors.get("table.mask") is not None
-    if layer.trimmed and layer.holds_padding:
+    if data is None and layer.trimmed and layer.holds_padding:
         layer.keep_slots(tensors["table.mask"])  # the file holds heads padded to the longest
 
 

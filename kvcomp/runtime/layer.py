@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from kvcomp.core.errors import UnsupportedModelError, UnsupportedUseError
-from kvcomp.core.interfaces import Observation
+from kvcomp.core.interfaces import Observation, SlotStorage
 from kvcomp.core.packed import PackedSlots
 from kvcomp.core.rotary import Rotary
 from kvcomp.core.strategy import Strategy
@@ -35,7 +35,6 @@ class Request(Protocol):
     strategy: Strategy
     adapter: ModelAdapter
     defer: bool
-    reserve: int | None
     reads_rotary: bool
     recompresses: bool
     rotary_start: RotaryColumns  # without a column, the same for all layers
@@ -67,16 +66,19 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
     stock cache.
     """
 
-    def __init__(self, request: Request, number: int, layers: int) -> None:
+    def __init__(self, request: Request, number: int, layers: int, storage: SlotStorage) -> None:
         # CacheLayerMixin.__init__ would assign `keys` and `values`, which are read from the storage here.
         self.request = request
         self.number = number  # among the compressed layers
         self.layers = layers
+        self.storage = storage
+        self._empty = storage.snapshot()
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
-        self.hold_nothing(self.request.strategy.store.open(self.request.reserve))
+        self.storage.restore(self._empty)
+        self.hold_nothing(self.storage)
         self.rho: Tensor | None = None  # (batch,), of the last compression
         self.seconds = 0.0
         self.forwards: tuple[Forward, ...] = ()  # seen by attention and not yet observed
@@ -100,7 +102,7 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Remember what the layer is to hold."""
-        self.take_form(key_states, value_states)
+        self.take_form(key_states, value_states, self.layers)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take in new tokens, `(batch, kv_heads, tokens, head_dim)`, and return keys and values of all slots; only the
@@ -232,7 +234,7 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         new = queries.shape[2]
         if new == 1 and self.only_causal(mask) and self.held_table.mask is None:
             return None
-        table, group = self.whole_table(), queries.shape[1] // self.kv_heads
+        table, group = self.whole_table(), queries.shape[1] // self.form.kv_heads
         slot_mask = over_slots(mask, table, new, self.seen - new, group)
         if not self.request.strategy.mass_preserving:
             return slot_mask
@@ -292,21 +294,22 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         strategy = self.request.strategy
         if self.overfull:
             return strategy.observations
-        if strategy.selector is None or self._stays():
+        if self._stays():
             return ()
-        return tuple(dict.fromkeys((*strategy.policy.observations(), *self._later())))
+        policy = () if strategy.selector is None else strategy.policy.observations()
+        return tuple(dict.fromkeys((*policy, *self._later())))
 
     @property
     def overfull(self) -> bool:
         """Return whether the next compression has something to trim."""
-        return self.request.strategy.selector is not None and not self._stays() and not self._everything_fits()
+        return not self._stays() and not self._everything_fits()
 
     def excess(self) -> Tensor:
         """Return by how many slots each row holds more than its budget, over all heads, `(batch,)` on the CPU."""
         table = self.held_table
         assert table is not None
-        held = table.slots * self.kv_heads if table.mask is None else table.mask.sum(dim=(1, 2)).cpu()
-        return held + (self.tail - self.share()) * self.kv_heads
+        held = table.slots * self.form.kv_heads if table.mask is None else table.mask.sum(dim=(1, 2)).cpu()
+        return held + (self.tail - self.share()) * self.form.kv_heads
 
     def fold(self) -> None:
         """Go on without a compression: once enough tokens were decoded, add what they attended to to the sums that are
@@ -372,7 +375,8 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         self.memory = plan.assignment.memory
         padded = table.columns is not table.indices
         self.table = SlotTable.of(layer, plan.pivots.gather(table.columns) if padded else None)
-        self.storage.replace(layer.keys, layer.values, layer.mask)
+        guide = strategy.guide(view, plan, scores)
+        self.storage.replace(layer.keys, layer.values, layer.mask, guide)
         self._carry(view, plan.pivots)
         self.rotary = self.rotary if self._reads_rotary else None
         self._view = self._scores = None
@@ -384,10 +388,11 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
 
     def _everything_fits(self) -> bool:
         """Return whether every row may keep all it holds, and holds no padding."""
-        if self.request.strategy.selector is None:
+        strategy = self.request.strategy
+        if strategy.ignores_budget:
             return True
         assert self.held_table is not None
-        return not self.trimmed and self.held_table.mask is None and bool((self.share() >= self.tokens).all())
+        return not self.trimmed and self.held_table.mask is None and strategy.keeps_all(self.tokens, self.form)
 
     def share(self) -> Tensor:
         """Return the uniform share of the budget, `(batch,)` on the CPU: of all tokens seen; with the trigger
@@ -395,8 +400,7 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
         """
         strategy = self.request.strategy
         resolved = strategy.trigger.over_budget and strategy.budget.ratio is not None
-        tokens = self.prompt if resolved else self.tokens + self.tail
-        return strategy.slots(tokens, self.layers * self.kv_heads * self.slot_bytes)
+        return strategy.slots(self.prompt if resolved else self.tokens + self.tail, self.form)
 
     def bookkeeping(self) -> list[Tensor]:
         """Return every tensor that the layer keeps beside keys and values."""
@@ -404,10 +408,12 @@ class CompressedCacheLayer(LayerState, DynamicLayer):  # type: ignore[no-untyped
 
     def _observe_only(self) -> None:
         """Measure rho, and what later turns add to, of a layer that keeps everything."""
-        if self.request.strategy.selector is not None:
-            view = self._make_view()
-            self.rho = self.request.strategy.policy.plan(view).rho
-            self.carried = {seen: view.observations[seen] for seen in self._later()}
+        strategy = self.request.strategy
+        if strategy.ignores_budget:
+            return
+        view = self._make_view()
+        self.rho = None if strategy.selector is None else strategy.policy.plan(view).rho
+        self.carried = {seen: view.observations[seen] for seen in self._later()}
 
     def _later(self) -> tuple[Observation, ...]:
         """Return the statistics that a later compression joins with its own."""

@@ -110,8 +110,8 @@ def report_layer(number: int, layer: CompressedCacheLayer) -> LayerReport:
         merged=_floats(kept_or_merged - slots),
         evicted=_floats(tokens - kept_or_merged),
         rho=_rho(layer.rho, len(tokens)),
-        allocated_bytes=int(table.valid.sum()) * layer.slot_bytes,
-        full_bytes=int(tokens.sum()) * layer.kv_heads * layer.slot_bytes,
+        allocated_bytes=layer.storage.filled_nbytes(int(table.valid.sum()), layer.form.slot_bytes),
+        full_bytes=int(tokens.sum()) * layer.form.kv_heads * layer.form.slot_bytes,
     )
 
 

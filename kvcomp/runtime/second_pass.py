@@ -89,8 +89,10 @@ def _repeat(context: Context, pending: Mapping[int, CompressedCacheLayer]) -> No
 
 
 def _rounds(layers: Sequence[CompressedCacheLayer]) -> Sequence[Tensor]:
-    scorer = layers[0].request.strategy.scorer if layers else None
-    return () if scorer is None else scorer.rounds(layers[0].tokens, layers[0].share())
+    strategy = layers[0].request.strategy if layers else None
+    if strategy is None or strategy.scorer is None or strategy.selector is None:
+        return ()
+    return strategy.scorer.rounds(layers[0].tokens, layers[0].share())
 
 
 def _narrow(layers: Sequence[CompressedCacheLayer], share: Tensor) -> None:

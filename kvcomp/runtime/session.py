@@ -202,7 +202,7 @@ def _build(source: Strategy | str | Path | Mapping[str, Any], budget: Any, overr
     if isinstance(source, Strategy) and budget is None and not overrides:
         return source
     built = config.strategy(source, budget, **overrides)
-    if built.selector is None and built.budget.ratio != 1:
+    if built.ignores_budget and built.budget.ratio != 1:
         warnings.warn(
             f"recipe {built.name!r} has no selector, so it keeps everything and ignores the budget {built.budget}",
             IgnoredSettingWarning,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.core.interfaces import Observation, SlotStorage
-from kvcomp.core.types import Pivots
+from kvcomp.core.types import Pivots, SlotForm
 from kvcomp.runtime.decoding import QueryLog
 from kvcomp.runtime.rotary import RotaryColumns
 from kvcomp.runtime.slots import PackedTable, SlotTable, gather_heads, new_tokens, padded, positions_after
@@ -29,8 +29,7 @@ class LayerState:
         self.storage = storage
         self.is_initialized = False
         self.dtype, self.device = torch.float32, torch.device("cpu")  # until the first token says
-        self.kv_heads = 0
-        self.slot_bytes = 0  # of one slot of one KV head, as it came in
+        self.form = SlotForm(0, 0, 0, 0, 0)
         self.held_table: SlotTable | PackedTable | None = None
         self.tokens = torch.zeros(0, dtype=torch.long)  # valid tokens of each row that the table stands for, on the CPU
         self.next_positions: Tensor | None = None  # (axes, batch), of the first token of the tail
@@ -122,13 +121,10 @@ class LayerState:
 
     # --- changing ---
 
-    def take_form(self, keys: Tensor, values: Tensor) -> None:
-        """Take note of what the layer is to hold: KV heads, dtype, device and bytes of `(batch, kv_heads, tokens,
-        head_dim)` each.
-        """
+    def take_form(self, keys: Tensor, values: Tensor, layers: int) -> None:
+        """Take note of what the layer is to hold, `(batch, kv_heads, tokens, head_dim)` each."""
         self.dtype, self.device = keys.dtype, keys.device
-        self.kv_heads = keys.shape[1]
-        self.slot_bytes = (keys.shape[-1] + values.shape[-1]) * keys.element_size()
+        self.form = SlotForm(layers, keys.shape[1], keys.shape[-1], values.shape[-1], keys.element_size())
         self.is_initialized = True
 
     def take_in(self, batch: int, valid: Tensor | None, modality: Tensor | None, positions: Tensor | None) -> None:
@@ -144,7 +140,7 @@ class LayerState:
         first = self.held_table is None
         before = torch.full((batch,), 0) if first else self.tokens + self.tail
         arrived = new_tokens(
-            (batch, self.kv_heads, self.arrived),
+            (batch, self.form.kv_heads, self.arrived),
             seen,
             before,
             device=self.device,

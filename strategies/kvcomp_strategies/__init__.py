@@ -31,6 +31,7 @@ from kvcomp_strategies.mergers.values_only import ValuesOnly
 from kvcomp_strategies.mergers.weighted import Weighted
 from kvcomp_strategies.observations.cross_modal_flow import CrossModalFlow
 from kvcomp_strategies.observations.post_vision import PostVisionSums
+from kvcomp_strategies.observations.query_peaks import QueryPeaks
 from kvcomp_strategies.observations.received_attention import ReceivedSums
 from kvcomp_strategies.observations.reconstruction import LargestReceived
 from kvcomp_strategies.observations.row_entropy import RowEntropy
@@ -56,6 +57,9 @@ from kvcomp_strategies.scorers.window_attention import WindowAttention
 from kvcomp_strategies.selectors.adjacent_clusters import AdjacentClusters
 from kvcomp_strategies.selectors.top_k import TopK
 from kvcomp_strategies.stores.dense import Dense
+from kvcomp_strategies.stores.layer_paired import LayerPairedStore
+from kvcomp_strategies.stores.mixed import MixedStore
+from kvcomp_strategies.stores.quantized import QuantizedStore
 from kvcomp_strategies.stores.ragged import Ragged
 
 PARTS: tuple[type[Part], ...] = (
@@ -104,7 +108,11 @@ PARTS: tuple[type[Part], ...] = (
     ValuesOnly,
     Dense,
     Ragged,
+    QuantizedStore,
+    MixedStore,
+    LayerPairedStore,
     CrossModalFlow,
+    QueryPeaks,
     ReceivedSums,
     RowEntropy,
     PostVisionSums,

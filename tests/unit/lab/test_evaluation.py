@@ -127,3 +127,10 @@ def test_the_document_says_what_was_compressed_when(bed, echo, mode, turns):
     assert (document["model"], document["split"], document["samples"]) == ("tiny", "eval-3", 5)
     assert (document["budget"], document["metrics"], document["seconds"]) == (0.4, "plain", 1.3)
     assert set(document["fields"]) == set(FIELDS) <= set(document["tasks"][0])
+
+
+def test_a_task_that_has_fewer_samples_is_asked_those(bed, echo):
+    class Short(echo):
+        size = 2
+
+    assert len(list(evaluation(bed, "full", 1.0, samples=9).outcomes(Short()))) == 2

@@ -27,8 +27,8 @@ DRAWN = {
 }
 DIGESTS = {
     "things": "b8615f19a31f4464",
-    "scenes": "5118bb650ee87565",
-    "walks": "654cba6e6eb37448",
+    "scenes": "b43d0b12b5f37c2a",
+    "walks": "218f0459370c603c",
     "codes": "ee15bcc0b1617eb5",
     "tables": "aaf6ad02bdd5de2c",
 }
