@@ -33,18 +33,22 @@ from kvcomp.core.interfaces import (
     SlotStorage,
     Store,
 )
+from kvcomp.core.rotary import Rotary
 from kvcomp.core.strategy import Strategy
 from kvcomp.core.types import (
     Assignment,
     AttentionBlock,
     CompressedLayer,
+    Guide,
     LayerPlan,
     LayerView,
     MergePlan,
     Modality,
     Pivots,
+    Repeat,
     Rule,
     Scores,
+    SlotForm,
 )
 from kvcomp.runtime.adapter import ModelAdapter
 from kvcomp.runtime.cache import CompressedCache
@@ -64,6 +68,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DuplicateNameError",
+    "Guide",
     "IgnoredSettingWarning",
     "InputError",
     "KVCompError",
@@ -81,11 +86,14 @@ __all__ = [
     "PivotSelector",
     "Pivots",
     "PluginWarning",
+    "Repeat",
     "Report",
+    "Rotary",
     "Rule",
     "Scorer",
     "Scores",
     "Session",
+    "SlotForm",
     "SlotStorage",
     "Snapshot",
     "Store",

@@ -13,8 +13,10 @@ import kvcomp
 from kvcomp.core.registry import registry
 
 RECIPES = [entry.name for entry in registry.entries("recipe")]
-FIRM = [name for name in RECIPES if kvcomp.strategy(name).allocator.firm]  # refuse what is below their smallest budget
-COMPRESSING = [name for name in RECIPES if name not in ("full", *FIRM)]
+STRATEGIES = {name: kvcomp.strategy(name) for name in RECIPES}
+FIRM = [name for name, made in STRATEGIES.items() if made.allocator.firm]  # refuse what is below their smallest budget
+COMPRESSING = [name for name, made in STRATEGIES.items() if made.selector is not None and name not in FIRM]
+SHRINKING = [name for name, made in STRATEGIES.items() if made.selector is None and made.store.shrinks]
 
 
 def generate(

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import torch
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    GlmConfig,
+    GlmForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -38,6 +44,28 @@ def tiny_qwen3(seed: int = 0) -> PreTrainedModel:
     """Return a Qwen3 of the same size: its head_dim is not hidden / heads, its keys are normalised."""
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(Qwen3Config(**TEXT, head_dim=32)).eval()
+
+
+def tiny_phi3(seed: int = 0) -> PreTrainedModel:
+    """Return a Phi-3 of the same size: only the first half of each head is rotated, queries and keys are projected
+    together.
+    """
+    torch.manual_seed(seed)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    return Phi3ForCausalLM(Phi3Config(**TEXT, rope_parameters=rope)).eval()
+
+
+def tiny_glm(seed: int = 0) -> PreTrainedModel:
+    """Return a GLM of the same size: neighbouring coordinates of the first half of each head are rotated."""
+    torch.manual_seed(seed)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    return GlmForCausalLM(GlmConfig(**TEXT, head_dim=16, rope_parameters=rope)).eval()
+
+
+def tiny_cohere(seed: int = 0) -> PreTrainedModel:
+    """Return a Cohere of the same size: neighbouring coordinates are rotated, by cos and sin in the same order."""
+    torch.manual_seed(seed)
+    return CohereForCausalLM(CohereConfig(**TEXT)).eval()
 
 
 def tiny_qwen_vl(seed: int = 0) -> PreTrainedModel:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvcomp.core.errors import UnsupportedUseError
 from kvcomp.core.types import Modality
@@ -17,6 +17,9 @@ TOKEN_ID_FIELDS = {
     Modality.VIDEO: ("video_token_id", "video_token_index"),
     Modality.AUDIO: ("audio_token_id", "audio_token_index"),
 }
+
+
+OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "wo")
 
 
 class GenericAdapter(ModelAdapter, use="generic"):
@@ -63,3 +66,11 @@ class GenericAdapter(ModelAdapter, use="generic"):
         for kind, token in self.token_ids.items():
             modality.masked_fill_(ids == token, int(kind))
         return modality
+
+    def output_projection(self, attention: nn.Module) -> Tensor | None:
+        """Return the weight of the linear layer that attention ends with, by the names that families give it; None for
+        other names and for weights that are stored as codes.
+        """
+        found = (getattr(attention, name, None) for name in OUTPUT_NAMES)
+        layer = next((module for module in found if isinstance(module, nn.Linear)), None)
+        return None if layer is None or not layer.weight.is_floating_point() else layer.weight

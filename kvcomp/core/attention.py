@@ -25,7 +25,7 @@ class AttentionInputs:
     Attributes:
         queries: `(batch, heads, queries, head_dim)`, after rotary embedding.
         keys: `(batch, kv_heads, tokens, head_dim)`, likewise.
-        query_columns: `(queries,)` int64, the column (padding counted) of each query.
+        query_columns: `(queries,)` or `(batch, queries)` int64, the column (padding counted) of each query.
         key_columns: `(batch or 1, kv_heads or 1, tokens)` int64.
         query_modality, query_valid: `(batch, queries)` int8 and bool.
         modality, valid: of the keys, `(batch, kv_heads, tokens)` int8 and bool.
@@ -73,9 +73,9 @@ def observe(inputs: AttentionInputs, observations: Iterable[Observation]) -> dic
 
 
 def _blocks(inputs: AttentionInputs, keys: Tensor, rows: Tensor | None) -> Iterator[AttentionBlock]:
-    batch, heads, queries, _ = inputs.queries.shape
+    batch, heads, new, _ = inputs.queries.shape
     tokens = keys.shape[3]
-    wanted = torch.arange(queries, device=keys.device).expand(batch, queries) if rows is None else rows
+    wanted = torch.arange(new, device=keys.device).expand(batch, new) if rows is None else rows
     elements = BLOCK_ELEMENTS if keys.device.type == "cpu" else BLOCK_ELEMENTS_ACCELERATOR
     size = max(1, elements // (batch * heads * tokens))
     for start in range(0, wanted.shape[1], size):
@@ -84,8 +84,10 @@ def _blocks(inputs: AttentionInputs, keys: Tensor, rows: Tensor | None) -> Itera
         valid = (chunk >= 0) & inputs.query_valid.gather(1, queried)
         seen = tokens
         if rows is None and inputs.mask is None:  # causal: the new tokens are the last of the keys, in order
-            seen = tokens - queries + min(start + size, queries)
-        probs = _probabilities(inputs, keys[..., :seen], queried).masked_fill_(~valid[:, None, :, None], 0.0)
+            seen = tokens - new + min(start + size, new)
+        index = queried[:, None, :, None].expand(-1, heads, -1, inputs.queries.shape[3])
+        queries = inputs.queries.gather(2, index)
+        probs = _probabilities(inputs, keys[..., :seen], queries, queried).masked_fill_(~valid[:, None, :, None], 0.0)
         yield AttentionBlock(
             probs=F.pad(probs, (0, tokens - seen)) if seen < tokens else probs,
             rows=chunk,
@@ -93,20 +95,22 @@ def _blocks(inputs: AttentionInputs, keys: Tensor, rows: Tensor | None) -> Itera
             row_valid=valid,
             modality=inputs.modality,
             valid=inputs.valid,
+            queries=queries,
         )
 
 
-def _probabilities(inputs: AttentionInputs, keys: Tensor, rows: Tensor) -> Tensor:
+def _probabilities(inputs: AttentionInputs, keys: Tensor, queries: Tensor, rows: Tensor) -> Tensor:
     """Return the softmax of these query rows over the first keys, `(batch, heads, rows, keys)` float32.
 
     Args:
         inputs: what the attention saw.
         keys: the first keys, transposed, `(batch, kv_heads, head_dim, keys)` float32.
-        rows: `(batch, rows)`, which queries.
+        queries: of these rows, `(batch, heads, rows, head_dim)`.
+        rows: `(batch, rows)`, which queries they are.
     """
-    index = rows[:, None, :, None].expand(-1, inputs.queries.shape[1], -1, keys.shape[2])
-    queries = inputs.queries.gather(2, index).float() * inputs.scaling
-    grouped = rearrange(queries, "b (kv group) rows d -> b kv (group rows) d", kv=keys.shape[1])
+    grouped = rearrange(
+        queries.float() * inputs.scaling, "b (kv group) rows d -> b kv (group rows) d", kv=keys.shape[1]
+    )
     logits = grouped @ keys
     logits = rearrange(logits, "b kv (group rows) keys -> b (kv group) rows keys", rows=rows.shape[1])
     if inputs.softcap is not None:
@@ -124,7 +128,8 @@ def _masked(inputs: AttentionInputs, logits: Tensor, rows: Tensor) -> Tensor:
     if inputs.mask is None:
         group = logits.shape[1] // inputs.key_columns.shape[1] if inputs.key_columns.shape[1] > 1 else 1
         key_columns = inputs.key_columns[..., :seen].repeat_interleave(group, dim=1)[:, :, None]
-        hidden = key_columns > inputs.query_columns[rows][:, None, :, None]  # (batch, heads, rows, keys)
+        query_columns = inputs.query_columns.expand(rows.shape[0], -1).gather(1, rows)
+        hidden = key_columns > query_columns[:, None, :, None]  # (batch, heads, rows, keys)
         return logits.masked_fill_(hidden, lowest)
     mask = inputs.mask.expand(rows.shape[0], -1, -1, -1)
     mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1]))

@@ -117,6 +117,18 @@ class Budget:
             slots = torch.full_like(tokens, self._affordable(slot_bytes, tokens))
         return slots.clamp(min=1).minimum(tokens)
 
+    def nbytes(self, tokens: Tensor, slot_bytes: int) -> Tensor:
+        """Return the bytes of keys and values that each row may take over all compressed layers, `(batch,)` int64.
+
+        A ratio is the share of what all tokens would take in full precision, a number of tokens what so many would.
+        """
+        if self.bytes is not None:
+            return torch.full_like(tokens, self.bytes)
+        if self.ratio is None:
+            return tokens.clamp(max=self.tokens) * slot_bytes
+        up, down = self.ratio.as_integer_ratio()
+        return torch.tensor([count * slot_bytes * up // down for count in tokens.tolist()])
+
     def _affordable(self, slot_bytes: int, tokens: Tensor) -> int:
         assert self.bytes is not None
         if self.bytes < slot_bytes:

@@ -13,10 +13,11 @@ from kvcomp.core.errors import BudgetError, ConfigError, InputError, UnknownName
 from kvcomp.core.interfaces import PART_KINDS, Part
 from kvcomp.core.making import make_part, with_field
 from kvcomp.core.registry import registry
-from kvcomp.core.strategy import Strategy, conflicts
+from kvcomp.core.strategy import Strategy, conflicts, trigger_conflicts
+from kvcomp.core.trigger import PREFILL_END, Trigger
 
 PART_KEYS = tuple(kind for kind in PART_KINDS if kind != "observation")
-SETTING_KEYS = ("name", "budget", "mass_preserving", "turns")
+SETTING_KEYS = ("name", "budget", "mass_preserving", "turns", "trigger")
 DEFAULT_PARTS = {
     "policy": "uniform",
     "allocator": "uniform",
@@ -40,7 +41,7 @@ def strategy(
         budget: replaces the budget: a ratio in (0, 1], `{"tokens": 512}` or `{"bytes": "64MiB"}`.
         overrides: dotted names change a field of the part that is there (`**{"policy.threshold": 0.3}`), also of a
             part inside it (`**{"merger.merger.use": "mean"}`); a bare part name replaces the part (`merger="mean"`,
-            or a mapping with `use`); `turns`, `mass_preserving` and `name` are set.
+            or a mapping with `use`); `turns`, `trigger`, `mass_preserving` and `name` are set.
 
     Raises:
         BudgetError: the `budget` argument cannot be read.
@@ -157,13 +158,16 @@ def _build(document: dict[str, Any], faults: list[str], label: str) -> Strategy:
         faults.append(f"{key}: no such key. {suggest(key, (*PART_KEYS, *SETTING_KEYS))}")
     part_faults: list[str] = []
     fields: dict[str, Any] = {kind: _part(kind, document, part_faults) for kind in PART_KEYS}
-    if not part_faults and fields["selector"] is not None:
-        part_faults = conflicts([part for part in fields.values() if part is not None])
+    trigger = _trigger(document.get("trigger", PREFILL_END), faults)
+    turns = _choice(document, "turns", ("recompress", "append"), faults)
+    if not part_faults:
+        parts = [part for part in fields.values() if part is not None]
+        part_faults = conflicts(parts) + trigger_conflicts(parts, trigger, turns)
     faults += part_faults
     if not isinstance(name := document.get("name", "custom"), str):
         faults.append(f"name: must be a text, got {name!r}")
     fields |= {"name": name, "budget": _budget(document.get("budget", 1.0), faults)}
-    fields["turns"] = _choice(document, "turns", ("recompress", "append"), faults)
+    fields |= {"turns": turns, "trigger": trigger}
     fields["mass_preserving"] = _choice(document, "mass_preserving", (False, True), faults)
     if faults:
         raise ConfigError(sorted(faults), source=label)
@@ -175,6 +179,15 @@ def _choice(document: dict[str, Any], key: str, choices: tuple[Any, ...], faults
     if value not in choices or type(value) is not type(choices[0]):
         faults.append(f"{key}: must be one of {', '.join(map(str, choices)).lower()}, got {value!r}")
     return value
+
+
+def _trigger(value: Any, faults: list[str]) -> Trigger:
+    """Return the trigger, the default where it cannot be read."""
+    try:
+        return Trigger.parse(value)
+    except ConfigError as error:
+        faults += error.faults
+        return PREFILL_END
 
 
 def _budget(value: Any, faults: list[str]) -> Budget | None:

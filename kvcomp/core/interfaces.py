@@ -5,7 +5,7 @@ settings.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,7 +13,17 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from kvcomp.core.packed import PackedSlots
-from kvcomp.core.types import Assignment, AttentionBlock, LayerPlan, LayerView, Pivots, Scores
+from kvcomp.core.types import (
+    Assignment,
+    AttentionBlock,
+    Guide,
+    LayerPlan,
+    LayerView,
+    Pivots,
+    Repeat,
+    Scores,
+    SlotForm,
+)
 
 
 class Part(BaseModel, ABC):
@@ -32,6 +42,8 @@ class Part(BaseModel, ABC):
     use: ClassVar[str] = ""
     requires: ClassVar[frozenset[str]] = frozenset()
     provides: ClassVar[frozenset[str]] = frozenset()
+    rotary: ClassVar[bool] = False  # reads `layer.rotary`
+    prefill_only: ClassVar[str] = ""  # why the part cannot compress again while tokens are decoded; empty where it can
 
     def __init_subclass__(cls, use: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -73,10 +85,31 @@ class Observation(Part):
 
     Nothing ever holds a tokens x tokens matrix. Equal observations are computed once. Results are per query head, and
     no statistic may mix the rows of a batch.
+
+    The rows are those of the forward itself, or of a second pass (`repeat`), in which the context is fed once more and
+    attends to its own full cache. A statistic of a second pass is per token, `(batch, heads, tokens)`; each chunk of
+    the context gives one, and `join` puts them together.
     """
 
     kind = "observation"
-    carried: ClassVar[bool] = False  # a per-token sum that is kept for surviving slots and added to in later turns
+    carried: ClassVar[bool] = False  # per token, kept for surviving slots and joined with the next turn's
+
+    def repeat(self) -> Repeat | None:
+        """Return how the context is fed once more for this statistic; None where it is of the forward itself."""
+        return None
+
+    def join(self, before: Tensor, now: Tensor) -> Tensor:
+        """Return the statistic of two sets of rows from that of each, `(batch, heads, tokens)`: their sum, unless
+        overridden. What has not been looked at yet is 0.
+        """
+        return before + now
+
+    @property
+    def latest(self) -> int | None:
+        """Return how many of the latest valid queries it looks at, however many compressions ago they were; None where
+        it looks at all queries since the last compression.
+        """
+        return None
 
     def rows(self, valid: Tensor, modality: Tensor) -> Tensor | None:
         """Return which queries are needed: `(batch, rows)` int64, ascending, -1 for none; None for all of them.
@@ -112,6 +145,7 @@ class BudgetAllocator(Part):
 
     kind = "allocator"
     scope: ClassVar[Literal["layer", "model"]] = "layer"  # "model" needs every layer's scores first
+    even: ClassVar[bool] = False  # every head of every layer gets the same
     firm: ClassVar[bool] = False  # refuses a budget that does not hold what is protected
 
     def __init_subclass__(cls, use: str | None = None, **kwargs: Any) -> None:
@@ -173,6 +207,17 @@ class Scorer(Part):
         others. Called with an allocator of scope `model`; a scorer that needs it requires `all-layers`.
         """
         return scores
+
+    def rounds(self, tokens: Tensor, slots: Tensor) -> Sequence[Tensor]:
+        """Return the shares, `(batch,)` int64 on the CPU each, to which a second pass narrows the cache on its way.
+
+        After each, it runs again and attends only to what would be kept at that share. None by default: it runs once.
+
+        Args:
+            tokens: valid tokens of each row, `(batch,)`.
+            slots: the uniform share per row, `(batch,)`.
+        """
+        return ()
 
     @property
     def protects_by_share(self) -> bool:
@@ -239,13 +284,15 @@ class SlotStorage(ABC):
     """
 
     @abstractmethod
-    def replace(self, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> None:
+    def replace(self, keys: Tensor, values: Tensor, mask: Tensor | None = None, guide: Guide | None = None) -> None:
         """Hold exactly these slots, `(batch, kv_heads, slots, head_dim)` each, and nothing else.
 
         Args:
             keys: of the slots.
             values: of the slots.
             mask: `(batch, kv_heads, slots)` bool, false at the end of heads that keep fewer; None where all are full.
+            guide: what a compression knows of the slots; None where nothing was compressed, as when slots are cropped:
+                then they are held as precisely as those that were there.
         """
 
     @abstractmethod
@@ -276,6 +323,27 @@ class SlotStorage(ABC):
     def nbytes(self) -> int:
         """Return the bytes of all storages of keys and values held, filled or not, read from the storages."""
 
+    def filled_nbytes(self, slots: int, slot_bytes: int) -> int:
+        """Return the bytes of keys and values in the filled slots alone.
+
+        Args:
+            slots: filled slots of all rows and heads.
+            slot_bytes: of one slot of one head, as it came in. Stores that make slots smaller do not multiply.
+        """
+        return slots * slot_bytes
+
+    def dump(self) -> tuple[dict[str, Tensor], Any]:
+        """Return what a file must hold: tensors by name, and plain data, None where keys and values are all there is.
+
+        Stores that do not hold slots as they came override it, with `load`.
+        """
+        keys, values = self.read()
+        return {"keys": keys, "values": values}, None
+
+    def load(self, tensors: Mapping[str, Tensor], data: Any) -> None:
+        """Hold what `dump` returned."""
+        self.replace(tensors["keys"], tensors["values"])
+
     @abstractmethod
     def snapshot(self) -> Any:
         """Return what `restore` needs to hold these slots again, sharing their memory: later appends leave it alone."""
@@ -286,9 +354,43 @@ class SlotStorage(ABC):
 
 
 class Store(Part):
-    """Says how a layer's slots are held in memory."""
+    """Says how a layer's slots are held in memory.
+
+    A store that makes slots smaller `shrinks`. Where nothing is evicted, a budget is then of bytes, and the store must
+    hold every token in them. One that `fits` chooses how: by the bytes that it may take. One that `evicts` is given as
+    many tokens as it can hold in the bytes; otherwise a recipe with a selector keeps the budget's share of the tokens,
+    whatever the store makes of them.
+    """
 
     kind = "store"
+
+    @property
+    def shrinks(self) -> bool:
+        """Return whether slots take fewer bytes than they came in with."""
+        return False
+
+    @property
+    def fits(self) -> bool:
+        """Return whether the bytes that it may take decide how precisely slots are held."""
+        return False
+
+    @property
+    def evicts(self) -> bool:
+        """Return whether the budget of an evicting recipe is of bytes, of which this store makes the most."""
+        return False
+
+    def smallest(self, slots: Tensor, form: SlotForm) -> Tensor:
+        """Return the fewest bytes that rows of this many slots per head take over all heads and layers.
+
+        Args:
+            slots: any shape, int64 on the CPU.
+            form: of the slots as they come in.
+        """
+        return slots * form.heads * form.slot_bytes
+
+    def open_all(self, layers: int, reserve: int | None = None) -> Sequence[SlotStorage]:
+        """Return an empty storage for each layer; overridden by stores whose layers share something."""
+        return [self.open(reserve) for _ in range(layers)]
 
     @abstractmethod
     def open(self, reserve: int | None = None) -> SlotStorage:

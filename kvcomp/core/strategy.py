@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -22,7 +23,8 @@ from kvcomp.core.interfaces import (
     Scorer,
     Store,
 )
-from kvcomp.core.types import CompressedLayer, LayerView, MergePlan, Scores
+from kvcomp.core.trigger import PREFILL_END, Trigger
+from kvcomp.core.types import Assignment, CompressedLayer, Guide, LayerView, MergePlan, Pivots, Scores, SlotForm
 
 Turns = Literal["recompress", "append"]
 
@@ -31,13 +33,15 @@ Turns = Literal["recompress", "append"]
 class Strategy:
     """A method of compression: one part per stage. Build it with `kvcomp.strategy(...)`.
 
-    A strategy without a selector (`full`) keeps everything and ignores its budget.
+    A strategy without a selector keeps every token: `full` ignores its budget, and where the store makes slots smaller
+    the budget is the share of bytes.
 
     Attributes:
         budget: what may be kept.
         mass_preserving: add log(count) to the logits of a slot, so that it weighs as much as the tokens it stands for.
         turns: `recompress` (the budget is of all tokens seen) or `append` (what comes after the first compression
             stays).
+        trigger: when to compress while tokens are decoded.
     """
 
     name: str
@@ -51,9 +55,10 @@ class Strategy:
     selector: PivotSelector | None = None
     mass_preserving: bool = False
     turns: Turns = "recompress"
+    trigger: Trigger = PREFILL_END
 
     def __post_init__(self) -> None:
-        if self.selector is not None and (faults := conflicts(self.parts)):
+        if faults := conflicts(self.parts) + trigger_conflicts(self.parts, self.trigger, self.turns):
             raise ConfigError(faults, source=f"strategy {self.name!r}")
 
     @property
@@ -73,28 +78,83 @@ class Strategy:
     @property
     def observations(self) -> tuple[Observation, ...]:
         """Return what all parts together need to see of the attention, each once."""
-        if self.selector is None:
-            return ()
-        return tuple(dict.fromkeys(seen for part in self.parts for seen in part.observations()))
+        return tuple(dict.fromkeys(seen for part in working(self.parts) for seen in part.observations()))
+
+    @property
+    def ignores_budget(self) -> bool:
+        """Return whether everything stays as it is at any budget."""
+        return self.selector is None and not self.store.shrinks
+
+    @property
+    def reads_rotary(self) -> bool:
+        """Return whether a part, or a part inside one, reads `layer.rotary`."""
+        return any(member.rotary for part in working(self.parts) for member in part.family())
+
+    @property
+    def recompresses(self) -> bool:
+        """Return whether anything is compressed while tokens are decoded."""
+        return self.trigger.decoding and self.selector is not None and self.budget.ratio != 1
 
     def dump(self) -> dict[str, Any]:
         """Return the strategy as its file holds it; `kvcomp.strategy` reads it back to an equal one."""
         document: dict[str, Any] = {"name": self.name, "budget": self.budget.dump()}
         document |= {part.kind: part.dump() for part in self.parts}
-        return document | {"mass_preserving": self.mass_preserving, "turns": self.turns}
+        settings = {"mass_preserving": self.mass_preserving, "turns": self.turns, "trigger": self.trigger.dump()}
+        return document | settings
 
-    def slots(self, tokens: Tensor, slot_bytes: int) -> Tensor:
-        """Return the uniform share of the budget, `(batch,)`; all tokens where there is no selector. See
-        `Budget.slots`.
+    def slots(self, tokens: Tensor, form: SlotForm) -> Tensor:
+        """Return the uniform share of the budget, `(batch,)`; all tokens where there is no selector.
+
+        A ratio is of tokens, unless the store evicts: then as many stay as the store can hold in the budget's bytes.
+
+        Args:
+            tokens: valid tokens of each row, `(batch,)` int64 on the CPU.
+            form: of the slots.
+
+        Raises:
+            BudgetError: bytes that do not pay for one slot.
         """
-        return tokens if self.selector is None else self.budget.slots(tokens, slot_bytes)
+        if self.selector is None:
+            return tokens
+        if not (self.store.evicts or (self.store.shrinks and self.budget.bytes is not None)):
+            return self.budget.slots(tokens, form.heads * form.slot_bytes)
+        return self._affordable(tokens, form)
+
+    def limit(self, tokens: Tensor, form: SlotForm) -> Tensor:
+        """Return the bytes that keys and values of each row may take over all layers, `(batch,)` int64 on the CPU.
+
+        Raises:
+            BudgetError: every token stays, and the store cannot hold them in the budget's bytes.
+        """
+        full = form.heads * form.slot_bytes
+        if self.selector is not None and not self.store.evicts:
+            return self.slots(tokens, form) * full
+        limit = self.budget.nbytes(tokens, full)
+        needed = self.store.smallest(tokens, form)
+        if self.selector is None and bool((needed > limit).any()):
+            smallest = max(_upward(need, count * full) for need, count in zip(needed, tokens, strict=True))
+            raise BudgetError(
+                f"recipe {self.name!r} keeps every token, and store {self.store.use!r} cannot hold {tokens.tolist()} "
+                f"tokens in {limit.tolist()} bytes; the smallest budget is {smallest:.6g}, or let the recipe evict "
+                "down to the bytes (a scorer, a selector, and `evict: true` in the store)",
+                smallest=smallest,
+            )
+        return limit
+
+    def keeps_all(self, tokens: Tensor, form: SlotForm) -> bool:
+        """Return whether rows of this many valid tokens, `(batch,)`, stay as they are."""
+        if not self.store.shrinks:
+            return bool((self.slots(tokens, form) >= tokens).all())
+        full = tokens * form.heads * form.slot_bytes
+        return self.store.fits and bool((self.limit(tokens, form) >= full).all())
 
     def scores(self, layer: LayerView, slots: Tensor | None = None) -> Scores:
         """Return the importance and the protection of each token. `slots` is the uniform share, `(batch,)`."""
         slots = self._share(layer) if slots is None else slots
         self._check_observed(layer)
+        self._check_rotary(layer)
         protected = torch.zeros_like(layer.valid)
-        if self.scorer is None:
+        if self.scorer not in working(self.parts):
             return Scores(torch.zeros(layer.shape, device=layer.keys.device), protected)
         values = self.scorer.score(layer, slots).float().nan_to_num()
         wanted = self.scorer.protect(layer, slots)
@@ -128,7 +188,7 @@ class Strategy:
         """
         rho = torch.full((layer.shape[0],), float("nan"), device=layer.keys.device)
         if self.selector is None:
-            return MergePlan(None, None, rho)
+            return _everything(layer, rho) if self.store.shrinks else MergePlan(None, None, rho)
         share = self._share(layer) if slots is None else slots.amax(dim=-1)
         scores = self.scores(layer, share) if scores is None else scores
         if slots is None:
@@ -140,11 +200,12 @@ class Strategy:
 
     def apply(self, layer: LayerView, plan: MergePlan) -> CompressedLayer:
         """Return what the layer keeps under this plan: new tensors, the view is not changed."""
-        if plan.pivots is None or plan.assignment is None:
+        if plan.pivots is None or plan.assignment is None or _nothing_goes(layer, plan.pivots):
             everything = (layer.indices, layer.counts, layer.modality, layer.positions)
             return CompressedLayer(
                 layer.keys, layer.values, *everything, mask=None if layer.valid.all() else layer.valid
             )
+        self._check_rotary(layer)
         pivots = plan.pivots
         keys, values, counts = self.merger.merge(layer, pivots, plan.assignment)
         empty = ~pivots.filled()
@@ -158,6 +219,41 @@ class Strategy:
             mask=pivots.mask,
         )
 
+    def guide(self, layer: LayerView, plan: MergePlan, scores: Scores) -> Guide | None:
+        """Return what the store may go by for the slots of this plan; None for a store that holds them as they are.
+
+        The bytes of a row go to its heads and layers by the slots that they keep, as if all had the uniform share.
+        Where heads keep different numbers because the bytes are short, each takes as few as it can.
+        """
+        if not self.store.shrinks or plan.pivots is None:
+            return None
+        tokens = layer.valid.sum(dim=-1).amax(dim=-1).cpu()
+        share = self.slots(tokens, layer.form)[:, None]
+        kept = plan.pivots.filled().sum(dim=-1).cpu()  # one sync per layer; bytes decide shapes
+        limit = self.limit(tokens, layer.form)[:, None] * kept // (layer.form.heads * share)
+        if self.store.evicts and not self.allocator.even:
+            limit = limit.masked_fill(share < tokens[:, None], 0)
+        importance = scores.values.masked_fill(scores.protected, float("inf"))
+        return Guide(limit, plan.pivots.gather(importance), layer.observations)
+
+    def _affordable(self, tokens: Tensor, form: SlotForm) -> Tensor:
+        """Return the most slots of each row that the store can hold in the budget's bytes, however they are divided."""
+        counts = torch.arange(1, int(tokens.max()) + 1)
+        sizes = self.store.smallest(counts, form)
+        limit = self.budget.nbytes(tokens, form.heads * form.slot_bytes)
+        rows = []
+        for most, room in zip(tokens.tolist(), limit.tolist(), strict=True):
+            needed = sizes[:most] if self.allocator.even else concave(sizes[:most])
+            rows.append((counts[:most] * (needed <= room)).max())
+        slots = torch.stack(rows)
+        if self.budget.bytes is not None and int(slots.min()) == 0:
+            raise BudgetError(
+                f"a budget of {self.budget.bytes} bytes is below one slot per KV head and layer, which takes "
+                f"{int(sizes[0])} bytes in this model; ask for at least that",
+                smallest=_upward(sizes[0], tokens.min() * form.heads * form.slot_bytes),
+            )
+        return slots.clamp(min=1)
+
     def _check_observed(self, layer: LayerView) -> None:
         missing = [seen.use for seen in self.observations if seen not in layer.observations]
         if missing:
@@ -166,10 +262,15 @@ class Strategy:
                 "kvcomp.core.attention.observe(inputs, strategy.observations) computes them"
             )
 
+    def _check_rotary(self, layer: LayerView) -> None:
+        if self.reads_rotary and layer.rotary is None:
+            raise UnsupportedUseError(
+                f"strategy {self.name!r} turns keys back to before their rotary embedding, so the view must have "
+                "`rotary`, a kvcomp.Rotary with the cos and sin of every token; got None"
+            )
+
     def _share(self, layer: LayerView) -> Tensor:
-        itemsize = layer.keys.element_size()
-        slot_bytes = layer.layers * layer.shape[1] * (layer.keys.shape[-1] + layer.values.shape[-1]) * itemsize
-        return self.slots(layer.valid.sum(dim=-1).amax(dim=-1).cpu(), slot_bytes)
+        return self.slots(layer.valid.sum(dim=-1).amax(dim=-1).cpu(), layer.form)
 
     def for_slots(self, layer: LayerView, scores: Scores, slots: Tensor) -> Scores:
         """Return the scores with tiers and protection for what was allotted, `(batch, kv_heads)`; where that is too
@@ -186,12 +287,99 @@ class Strategy:
         return replace(scores, protected=scores.protected & fits)
 
 
+def working(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """Return the parts that have something to do: without a selector the store, and the scorer if that needs one."""
+    stores = tuple(part for part in parts if isinstance(part, Store))
+    if any(isinstance(part, PivotSelector) for part in parts):
+        return tuple(parts)
+    needed = frozenset().union(*(store.requires for store in stores))
+    return (*(part for part in parts if isinstance(part, Scorer) and part.provides & needed), *stores)
+
+
 def conflicts(parts: Sequence[Part]) -> list[str]:
-    """Return a fault for every part, also inside another, that requires what no part of the pipeline provides."""
-    members = [member for part in parts for member in part.family()]
+    """Return a fault for every part, also inside another, that requires what no part of the pipeline provides, and for
+    a store that needs a selector or can do with none.
+    """
+    members = [member for part in working(parts) for member in part.family()]
     provided = frozenset().union(*(part.provides for part in members))
-    return [
+    return _store_conflicts(parts) + [
         f"{part.kind}: {part.use!r} needs {need}, which no part of this pipeline provides"
         for part in members
         for need in sorted(part.requires - provided)
     ]
+
+
+def trigger_conflicts(parts: Sequence[Part], trigger: Trigger, turns: str) -> list[str]:
+    """Return a fault for everything that cannot go together with compressing while tokens are decoded."""
+    if not trigger.decoding:
+        return []
+    members = [member for part in working(parts) for member in (*part.family(), *part.observations())]
+    faults = [
+        f"trigger: {part.kind} {part.use!r} cannot compress again while tokens are decoded: {part.prefill_only}"
+        for part in dict.fromkeys(members)
+        if part.prefill_only
+    ]
+    if turns == "append":
+        faults.append(f"trigger: {trigger} compresses what turns: append says must stay; choose one of them")
+    return faults
+
+
+def _store_conflicts(parts: Sequence[Part]) -> list[str]:
+    selects = any(isinstance(part, PivotSelector) for part in parts)
+    faults = []
+    for store in (part for part in parts if isinstance(part, Store)):
+        if store.evicts and not selects:
+            faults.append(f"store: {store.use!r} with `evict: true` needs a scorer and a selector that say what goes")
+        if selects and store.fits and not store.evicts:
+            faults.append(
+                f"store: {store.use!r} keeps every token in the budget's bytes; beside a selector it must be told how "
+                "precise it is (`bits: 2`) or to evict what does not fit (`evict: true`), if it has such settings"
+            )
+    return faults
+
+
+def concave(sizes: Tensor) -> Tensor:
+    """Return the most that heads of 1, 2, ... slots can take on average, if `sizes` `(slots,)` is what a head takes.
+
+    This is the least concave majorant: however a number of slots is divided among heads, their mean size is below it.
+
+    >>> concave(torch.tensor([1, 5, 6, 7])).tolist()
+    [3, 5, 6, 7]
+    """
+    hull = [(0, 0)]
+    for count, size in enumerate(sizes.tolist(), start=1):
+        while len(hull) > 1 and _below(hull[-2], hull[-1], (count, size)):
+            hull.pop()
+        hull.append((count, size))
+    steps = [
+        low + -((low - high) * (place - start) // (end - start))  # rounded up
+        for (start, low), (end, high) in itertools.pairwise(hull)
+        for place in range(start + 1, end + 1)
+    ]
+    return torch.tensor(steps)
+
+
+def _below(first: tuple[int, int], middle: tuple[int, int], last: tuple[int, int]) -> bool:
+    """Return whether the middle point is not above the line between the others."""
+    rise, run = last[1] - first[1], last[0] - first[0]
+    return (middle[1] - first[1]) * run <= rise * (middle[0] - first[0])
+
+
+def _nothing_goes(layer: LayerView, pivots: Pivots) -> bool:
+    return pivots.mask is None and pivots.indices.shape[2] == layer.shape[2]
+
+
+def _everything(layer: LayerView, rho: Tensor) -> MergePlan:
+    """Return the plan that keeps every valid token."""
+    held = layer.valid.sum(dim=-1, keepdim=True)
+    most = int(held.max())
+    order = (~layer.valid).to(torch.uint8).argsort(dim=-1, stable=True)[..., :most]
+    filled = torch.arange(most, device=held.device) < held
+    pivots = Pivots(order) if bool(filled.all()) else Pivots(order.masked_fill(~filled, 0), filled)
+    none = order[..., :0]
+    return MergePlan(pivots, Assignment(none, none[..., None], none[..., None].float()), rho)
+
+
+def _upward(part: Tensor, whole: Tensor) -> float:
+    """Return a share, rounded up to six decimals."""
+    return -(-int(part) * 10**6 // int(whole)) / 10**6

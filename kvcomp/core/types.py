@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvcomp.core.rotary import Rotary
+
 
 class Modality(IntEnum):
     """What a token came from."""
@@ -34,6 +36,34 @@ class Rule(IntEnum):
 PROTECTED = 2**15 - 1  # the priority of protected tokens: above every tier
 
 
+@dataclass(frozen=True)
+class SlotForm:
+    """What slots are made of before a store makes them smaller.
+
+    Attributes:
+        layers: compressed layers of the model.
+        kv_heads: KV heads of a layer.
+        key_dim, value_dim: numbers of one key and one value.
+        itemsize: bytes of a number.
+    """
+
+    layers: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    itemsize: int
+
+    @property
+    def slot_bytes(self) -> int:
+        """Return the bytes of one slot of one head."""
+        return (self.key_dim + self.value_dim) * self.itemsize
+
+    @property
+    def heads(self) -> int:
+        """Return the KV heads of all layers."""
+        return self.layers * self.kv_heads
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionBlock:
     """Some rows of exact softmax attention, as the model computes it (its mask, scaling, softcap and sinks).
@@ -45,6 +75,7 @@ class AttentionBlock:
         row_valid: `(batch, rows)` bool.
         modality: of the keys, `(batch, kv_heads, tokens)` int8.
         valid: of the keys, `(batch, kv_heads, tokens)` bool.
+        queries: of the rows, `(batch, heads, rows, head_dim)`, after rotary embedding; what pads hold means nothing.
     """
 
     probs: Tensor
@@ -53,6 +84,22 @@ class AttentionBlock:
     row_valid: Tensor
     modality: Tensor
     valid: Tensor
+    queries: Tensor
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """How the context is fed to the model once more, for a statistic of a second pass.
+
+    Attributes:
+        chunk: tokens that are fed at a time.
+        overlap: tokens before each later chunk that are fed again with it, so that its first tokens have a context.
+        instruction: token ids that are fed before every chunk.
+    """
+
+    chunk: int
+    overlap: int = 0
+    instruction: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +118,9 @@ class LayerView:
         layers: number of layers in the model.
         observations: the statistics that the parts declared, by declaration.
         memory: `(batch, ...)`, the `Assignment.memory` of the last compression of this layer; None before the first.
+        rotary: how each key was rotated; None unless a part of the strategy reads it (`Part.rotary`).
+        output: the output projection W_O of each query head, `(heads, hidden, head_dim)`, aliasing the model's weight;
+            None where the model's adapter cannot tell it.
 
     The tensors of shape `(batch, kv_heads, tokens)` are expanded views (stride 0) as long as the heads agree.
     """
@@ -86,12 +136,20 @@ class LayerView:
     layers: int = 1
     observations: Mapping[Any, Tensor] = field(default_factory=dict)
     memory: Tensor | None = None
+    rotary: Rotary | None = None
+    output: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Return `(batch, kv_heads, tokens)`."""
         batch, kv_heads, tokens = self.keys.shape[:3]
         return batch, kv_heads, tokens
+
+    @property
+    def form(self) -> SlotForm:
+        """Return what the slots of the model are made of."""
+        dims = self.keys.shape[-1], self.values.shape[-1]
+        return SlotForm(self.layers, self.shape[1], *dims, self.keys.element_size())
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,6 +245,21 @@ class MergePlan:
     pivots: Pivots | None
     assignment: Assignment | None
     rho: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Guide:
+    """What a store may go by when it decides how precisely it holds each slot.
+
+    Attributes:
+        limit: `(batch, kv_heads)` int64 on the CPU, the bytes that keys and values of each head of this layer may take.
+        importance: `(batch, kv_heads, slots)` float32, the score of each slot, infinite where it is protected.
+        observations: the statistics that the store declared, by declaration.
+    """
+
+    limit: Tensor
+    importance: Tensor
+    observations: Mapping[Any, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -111,7 +111,7 @@ def grid(recipes: Sequence[str], budgets: Sequence[float]) -> list[Strategy]:
     return [
         made
         for recipe, kept in zip(recipes, built, strict=True)
-        for made in ([kept] if kept.selector is None else [strategy(recipe, budget) for budget in budgets])
+        for made in ([kept] if kept.ignores_budget else [strategy(recipe, budget) for budget in budgets])
     ]
 
 

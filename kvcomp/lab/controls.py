@@ -109,7 +109,7 @@ def find_method(source: str | Path | Mapping[str, Any], budget: Any = None, **ov
         if source not in recipes:
             build, source = CONTROLS[source]
     built = strategy(source, budget, **overrides)
-    if built.selector is None and built.budget.ratio != 1:
+    if built.ignores_budget and built.budget.ratio != 1:
         warnings.warn(
             f"{built.name!r} has no selector, so it keeps everything and ignores the budget {built.budget}",
             IgnoredSettingWarning,

@@ -7,7 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
 
 from kvcomp.core.errors import PluginWarning
 from kvcomp.core.registry import registry
@@ -46,6 +47,17 @@ class ModelAdapter(ABC):
             UnsupportedUseError: a multimodal model was called in a way that hides which tokens are which.
         """
         return None
+
+    def output_projection(self, attention: nn.Module) -> Tensor | None:
+        """Return the weight W_O of an attention module, `(hidden, heads * head_dim)`, aliasing the model's; None where
+        it cannot be told.
+        """
+        return None
+
+
+def per_head(weight: Tensor | None, heads: int) -> Tensor | None:
+    """Return the columns of W_O that belong to each query head, `(heads, hidden, head_dim)`, a view."""
+    return None if weight is None else rearrange(weight.detach(), "hidden (heads d) -> heads hidden d", heads=heads)
 
 
 def adapter_for(config: Any) -> ModelAdapter:

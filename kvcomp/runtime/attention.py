@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,33 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from kvcomp.runtime.forward import Logits
-from kvcomp.runtime.layer import LAYER_ATTRIBUTE, CompressedCacheLayer
-from kvcomp.runtime.packed import attend_packed, can_attend, own_slots
+from kvcomp.runtime.layer import LAYER_ATTRIBUTE, PackedAttention
+from kvcomp.runtime.packed import attend_packed
 
 PREFIX = "kvcomp_"
 BASES = ("sdpa", "eager")
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+class AttendedLayer(Protocol):
+    """What the attention function asks of the layer that keys came from: one of the cache, or of a second pass."""
+
+    arrived: int
+
+    def packed(self, base: str, query: Tensor, mask: Tensor | None) -> PackedAttention | None:
+        """Return the slots as they lie in memory, and their masks, if attention is to run over them so."""
+
+    def unpacked(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of all slots, given what `update()` returned."""
+
+    def slot_mask(self, mask: Tensor | None, queries: Tensor) -> Tensor | None:
+        """Return the mask over slots, given transformers' mask over columns."""
+
+    def attended(
+        self, module: nn.Module, queries: Tensor, mask: Tensor | None, slot_mask: Tensor | None, logits: Logits
+    ) -> None:
+        """Take note of what the attention saw of the new tokens."""
 
 
 def register() -> None:
@@ -55,24 +75,20 @@ def attend(
         kwargs: whatever else the model passes.
     """
     function = _base_function(base, module)
-    layer: CompressedCacheLayer | None = getattr(key, LAYER_ATTRIBUTE, None)
+    layer: AttendedLayer | None = getattr(key, LAYER_ATTRIBUTE, None)
     if layer is None:
         return function(module, query, key, value, attention_mask, **kwargs)
     logits = _logits(query, kwargs)
-    packed = layer.storage.packed()
-    if packed is not None and not can_attend(base, query, packed, layer.only_causal(attention_mask)):
-        packed, (key, value) = None, layer.storage.read()
-    mask = None
-    if packed is None or query.shape[2] > 1 or layer.holds_padding:
-        mask = layer.slot_mask(attention_mask, query)
+    packed = layer.packed(base, query, attention_mask)
     if packed is None:
-        output = function(module, query, key, value, mask, **kwargs)
+        mask = layer.slot_mask(attention_mask, query)
+        output = function(module, query, *layer.unpacked(key, value), mask, **kwargs)
     else:
-        masks = layer.head_masks(attention_mask, packed, query) if mask is None else own_slots(mask, packed)
-        output = attend_packed(base, query, packed, masks, logits, kwargs.get("dropout", 0.0))
+        slots, mask, masks = packed
+        output = attend_packed(base, query, slots, masks, logits, kwargs.get("dropout", 0.0))
     if layer.arrived:
         with torch.no_grad():
-            layer.attended(query, attention_mask, mask, logits)
+            layer.attended(module, query, attention_mask, mask, logits)
     return output
 
 

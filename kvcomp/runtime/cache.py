@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -16,6 +18,8 @@ from kvcomp.core.types import LayerView, Scores
 from kvcomp.runtime.adapter import ModelAdapter
 from kvcomp.runtime.layer import CompressedCacheLayer
 from kvcomp.runtime.report import Report, report_layer, storage_bytes
+from kvcomp.runtime.rotary import RotaryColumns
+from kvcomp.runtime.second_pass import fed_tokens, second_pass
 from kvcomp.runtime.snapshots import Snapshot
 from kvcomp.runtime.turns import next_turn_arguments
 
@@ -30,7 +34,7 @@ class CompressedCache(Cache):
         strategy: what to keep.
         config: the model's configuration.
         adapter: knows which tokens are what.
-        attached: says whether the model runs the attention function that the cache needs.
+        decoder: gives the text model while it runs the attention function that the cache needs, else None.
         defer: compress at `finish()` or at the first forward of one token, as if all chunks had been one.
         reserve: slots of room that each layer takes at the first decoded token.
     """
@@ -40,7 +44,7 @@ class CompressedCache(Cache):
         strategy: Strategy,
         config: Any,
         adapter: ModelAdapter,
-        attached: Callable[[], bool],
+        decoder: Callable[[], nn.Module | None],
         *,
         defer: bool = False,
         reserve: int | None = None,
@@ -53,16 +57,22 @@ class CompressedCache(Cache):
             raise UnsupportedModelError("the model has no full-attention layer, so there is nothing to compress")
         self.strategy = strategy
         self.adapter = adapter
-        self.attached = attached
+        self.decoder = decoder
         self.defer = defer
         self.reserve = reserve
+        self.reads_rotary, self.recompresses = strategy.reads_rotary, strategy.recompresses
+        self.rotary_start = RotaryColumns()
+        storages = strategy.store.open_all(len(full), reserve)
         self.compressed_layers: dict[int, CompressedCacheLayer] = {
-            number: CompressedCacheLayer(weakref.proxy(self), place, len(full)) for place, number in enumerate(full)
+            number: CompressedCacheLayer(weakref.proxy(self), place, len(full), storages[place])
+            for place, number in enumerate(full)
         }
         self._modality: Tensor | None = None
         self._positions: Tensor | None = None
         self._noted = False  # whether the inputs of the forward under way are known
         self._waiting: list[tuple[CompressedCacheLayer, LayerView, Scores]] = []
+        self._repeats = any(observation.repeat() for observation in strategy.observations)
+        self.fed: tuple[Tensor, ...] = ()  # what a second pass feeds again
         super().__init__(layers=[self.compressed_layers.get(number, layer) for number, layer in enumerate(stock)])
 
     @property
@@ -71,10 +81,23 @@ class CompressedCache(Cache):
         return any(layer.is_initialized for layer in self.compressed_layers.values())
 
     def finish(self) -> None:
-        """Compress what `defer` left uncompressed."""
-        for layer in self.compressed_layers.values():
-            if layer.forwards:
-                self.compress_after(layer)
+        """Compress what `defer` left uncompressed, or what waits for a second pass."""
+        pending = {number: layer for number, layer in self.compressed_layers.items() if layer.pending}
+        if self._repeats and pending:
+            self._repeat(pending)
+        for layer in pending.values():
+            self._compress(layer)
+
+    def _repeat(self, pending: Mapping[int, CompressedCacheLayer]) -> None:
+        """Feed the context once more, for what these layers want to know of that."""
+        started = time.perf_counter()
+        self.check_in_use()
+        decoder = self.decoder()
+        assert decoder is not None
+        second_pass(decoder, self.layers, self.fed, pending)
+        for layer in pending.values():
+            layer.seconds += (time.perf_counter() - started) / len(pending)
+        self.fed = ()
 
     def next_turn(self, model: nn.Module, **inputs: Any) -> dict[str, Any]:
         """Return the keyword arguments for `model.generate` in a later turn, this cache included.
@@ -98,9 +121,15 @@ class CompressedCache(Cache):
         arguments = next_turn_arguments(model, inputs, self.get_seq_length(), first.upcoming_positions())
         return {**arguments, "past_key_values": self}
 
+    def reset(self) -> None:
+        """Forget everything, as if the cache were new."""
+        super().reset()  # type: ignore[no-untyped-call]
+        self.fed = ()
+        self._waiting.clear()
+
     def snapshot(self) -> Snapshot:
         """Return the cache as it is now, sharing its memory. It stays valid whatever the cache does next."""
-        return Snapshot.of(self.layers, self.strategy)
+        return Snapshot.of(self.layers, self.strategy, self.fed)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Make the cache what it was when the snapshot was taken; any number of times.
@@ -116,6 +145,7 @@ class CompressedCache(Cache):
                 f"and this one has {self.strategy.name!r} at {self.strategy.budget}"
             )
         snapshot.put_back(self.layers)
+        self.fed = snapshot.fed
 
     def save(self, path: str | Path) -> None:
         """Write the cache to a safetensors file, which `kvcomp.load_cache(path, model)` reads, in another process too.
@@ -134,8 +164,9 @@ class CompressedCache(Cache):
         allocated = sum(layer.allocated_bytes for layer in layers)
         return Report(
             recipe=self.strategy.name,
-            budget=str(self.strategy.budget) if self.strategy.selector else "1",
+            budget="1" if self.strategy.ignores_budget else str(self.strategy.budget),
             turns=self.strategy.turns,
+            trigger=str(self.strategy.trigger),
             layers=layers,
             untouched=tuple(number for number in range(len(self.layers)) if number not in self.compressed_layers),
             allocated_bytes=allocated,
@@ -155,22 +186,25 @@ class CompressedCache(Cache):
         """
         self._modality = self.adapter.modality(inputs)
         self._noted = True
-        mask, new = inputs.get("attention_mask"), inputs.get("input_ids", inputs.get("inputs_embeds"))
-        expected = None if new is None else self.get_seq_length() + new.shape[1]
+        mask, new = inputs.get("attention_mask"), _new_tokens(inputs)
+        expected = None if new is None else self.get_seq_length() + new
         if isinstance(mask, Tensor) and mask.dim() == 2 and expected not in (None, mask.shape[1]):
             raise UnsupportedUseError(
                 f"the attention mask covers {mask.shape[1]} tokens, and the cache will have seen {expected} with the "
                 "new ones; a cache belongs to one conversation, so use a new one for another prompt"
             )
 
-    def note_positions(self, inputs: Mapping[str, Any]) -> None:
-        """Take note of the positions of the new tokens, `(batch, tokens)` or `(axes, batch, tokens)`.
+    def text_begins(self, inputs: Mapping[str, Any]) -> None:
+        """Take note of the positions of the new tokens, `(batch, tokens)` or `(axes, batch, tokens)`, and compress what
+        was deferred before the first token that is decoded.
 
         Where there are four axes, the first is a row of text positions and is dropped.
 
         Raises:
             UnsupportedUseError: the text part of a multimodal model was called by itself.
         """
+        if _new_tokens(inputs) == 1:
+            self.finish()
         if not self._noted:
             self._modality = self.adapter.modality(inputs)
         positions = inputs.get("position_ids")
@@ -178,6 +212,23 @@ class CompressedCache(Cache):
             positions = positions[None] if positions.dim() == 2 else positions[-3:]
             self._check_positions(positions)
         self._positions = positions
+
+    def note_rotary(self, module: nn.Module, embeddings: Any) -> None:
+        """Take note of the rotary embeddings that the attention module of a layer was given."""
+        number = int(module.layer_idx)  # type: ignore[arg-type]
+        if (layer := self.compressed_layers.get(number)) is not None:
+            layer.note_rotary(module, embeddings)
+
+    def text_ended(self, inputs: Mapping[str, Any]) -> None:
+        """Keep what the text model was given where it is to be fed once more, which happens now unless it is deferred.
+
+        Raises:
+            UnsupportedUseError: nothing says how to feed it again.
+        """
+        if self._repeats and any(layer.pending for layer in self.compressed_layers.values()):
+            self.fed = (*self.fed, fed_tokens(inputs))
+            if not self.defer:
+                self.finish()
 
     def _check_positions(self, positions: Tensor) -> None:
         """Raise where several new tokens all lie before what the cache has seen: they belong to another prompt."""
@@ -211,7 +262,7 @@ class CompressedCache(Cache):
 
     def check_in_use(self) -> None:
         """Raise where the model no longer runs kvcomp's attention function."""
-        if not self.attached():
+        if self.decoder() is None:
             raise UnsupportedUseError(
                 "a compressed cache can only be fed inside its `with kvcomp.compress(...)` block, or before its "
                 "session is detached; outside, attention would see the wrong columns"
@@ -222,7 +273,15 @@ class CompressedCache(Cache):
         return self._modality, self._positions
 
     def compress_after(self, layer: CompressedCacheLayer) -> None:
-        """Compress a layer whose attention has run; with a model-wide allocator, all layers once the last one's has."""
+        """Compress a layer whose attention has run; with a model-wide allocator, all layers once the last one's has;
+        with a second pass, when the text model's forward ends.
+        """
+        if self._repeats:
+            layer.observe()
+        else:
+            self._compress(layer)
+
+    def _compress(self, layer: CompressedCacheLayer) -> None:
         prepared = layer.prepare()
         if self.strategy.allocator.scope == "layer":
             if prepared is not None:
@@ -232,6 +291,25 @@ class CompressedCache(Cache):
             self._waiting.append((layer, *prepared))
         if layer.number == layer.layers - 1 and self._waiting:
             self._trim_together()
+
+    def compress_decoded(self, layer: CompressedCacheLayer) -> None:
+        """Compress all layers again once the last one's attention has seen a decoded token, where the trigger says
+        so: a budget is of all layers, which may share it unevenly.
+        """
+        if layer.number < layer.layers - 1:
+            return
+        layers = list(self.compressed_layers.values())
+        due = self._is_due(layers)
+        for member in layers:
+            if due:
+                self._compress(member)
+            else:
+                member.fold()
+
+    def _is_due(self, layers: list[CompressedCacheLayer]) -> bool:
+        if self.strategy.trigger.every is not None:
+            return layers[0].steps >= self.strategy.trigger.every
+        return bool((torch.stack([layer.excess() for layer in layers]).sum(dim=0) > 0).any())
 
     def _trim_together(self) -> None:
         layers, views, scores = zip(*self._waiting, strict=True)
@@ -243,3 +321,10 @@ class CompressedCache(Cache):
 
     def _bookkeeping(self) -> list[Tensor]:
         return [tensor for layer in self.compressed_layers.values() for tensor in layer.bookkeeping()]
+
+
+def _new_tokens(inputs: Mapping[str, Any]) -> int | None:
+    """Return how many tokens a forward is given, None where that cannot be told."""
+    given = inputs.get("input_ids")
+    given = inputs.get("inputs_embeds") if given is None else given
+    return None if given is None else int(given.shape[1])

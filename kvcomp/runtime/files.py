@@ -16,13 +16,16 @@ from kvcomp.core.errors import InputError, UnsupportedUseError
 from kvcomp.core.interfaces import Observation
 from kvcomp.core.registry import registry
 from kvcomp.runtime.cache import CompressedCache
+from kvcomp.runtime.decoding import QueryLog
 from kvcomp.runtime.layer import CompressedCacheLayer
+from kvcomp.runtime.rotary import Layout, RotaryColumns
 from kvcomp.runtime.slots import SlotTable
 from kvcomp.version import __version__
 
 FORMAT = "kvcomp-cache-1"
 TABLE = ("indices", "columns", "counts", "modality", "positions", "mask")
-NUMBERS = ("seen", "trimmed", "seconds", "compressions")
+ROTARY = ("cos", "sin")
+NUMBERS = ("seen", "trimmed", "seconds", "compressions", "steps")
 
 
 def save_cache(cache: CompressedCache, path: Path) -> None:
@@ -35,15 +38,21 @@ def save_cache(cache: CompressedCache, path: Path) -> None:
         raise UnsupportedUseError("a cache with sliding or linear layers cannot be saved: their state is not kvcomp's")
     if not cache.used:
         raise UnsupportedUseError("the cache is empty: there is nothing to save")
-    if any(layer.forwards for layer in cache.compressed_layers.values()):
+    if any(layer.pending for layer in cache.compressed_layers.values()):
         raise UnsupportedUseError("the cache has deferred its compression; call cache.finish() before saving it")
     tensors: dict[str, Tensor] = {}
     layers: list[dict[str, Any]] = []
     for number, layer in cache.compressed_layers.items():
-        tensors |= {f"{number}.{name}": tensor.contiguous().clone() for name, tensor in _tensors(layer).items()}
+        stored, data = layer.storage.dump()
+        own = _tensors(layer) | stored
+        tensors |= {f"{number}.{name}": tensor.contiguous().clone() for name, tensor in own.items()}
         carried = [observation.dump() for observation in layer.carried]
-        layers.append({name: getattr(layer, name) for name in NUMBERS} | {"carried": carried})
+        layers.append(
+            {name: getattr(layer, name) for name in NUMBERS}
+            | {"carried": carried, "log": layer.log.dump()[1], "storage": data}
+        )
     header = {"format": FORMAT, "kvcomp": __version__, "strategy": cache.strategy.dump(), "layers": layers}
+    header["rotary"] = _save_rotary(list(cache.compressed_layers.values()), tensors)
     header["shape"] = _shape(next(iter(cache.compressed_layers.values())))
     save_file(tensors, path, metadata={"kvcomp": json.dumps(header)})
 
@@ -66,6 +75,7 @@ def fill_cache(cache: CompressedCache, path: Path, model: Any) -> None:
         prefix = f"{number}."
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         _fill(layer, numbers, own)
+    _fill_rotary(list(cache.compressed_layers.values()), header["rotary"], tensors)
 
 
 def saved_strategy(path: Path) -> Any:
@@ -74,8 +84,7 @@ def saved_strategy(path: Path) -> Any:
 
 
 def _shape(layer: CompressedCacheLayer) -> dict[str, Any]:
-    keys = layer.storage.read()[0]
-    return {"kv_heads": layer.kv_heads, "head_dim": keys.shape[3], "dtype": str(layer.dtype)}
+    return {"kv_heads": layer.form.kv_heads, "head_dim": layer.form.key_dim, "dtype": str(layer.dtype)}
 
 
 def expected_shape(model: Any) -> dict[str, Any]:
@@ -87,11 +96,11 @@ def expected_shape(model: Any) -> dict[str, Any]:
 
 
 def _tensors(layer: CompressedCacheLayer) -> dict[str, Tensor]:
-    """Return everything of a layer that is a tensor, the tail moved into the table."""
+    """Return everything of a layer beside its storage that is a tensor, the tail moved into the table."""
     table = layer.all_slots()
     assert table is not None
-    keys, values = layer.storage.read()
-    found = {"keys": keys, "values": values, "tokens": layer.tokens + layer.tail, "rho": layer.rho}
+    found = {"tokens": layer.tokens + layer.tail, "prompt": layer.prompt, "rho": layer.rho}
+    found |= {f"log.{name}": entry for name, entry in layer.log.dump()[0].items()}
     found |= {f"table.{name}": getattr(table, name) for name in TABLE}
     if table.columns is table.indices:
         del found["table.columns"]
@@ -101,20 +110,44 @@ def _tensors(layer: CompressedCacheLayer) -> dict[str, Tensor]:
 
 
 def _fill(layer: CompressedCacheLayer, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    layer.lazy_initialization(tensors["keys"], tensors["values"])
-    layer.storage.replace(tensors["keys"], tensors["values"])
+    data = numbers.get("storage")
+    layer.storage.load(tensors, data)
+    layer.lazy_initialization(*layer.storage.read())
     table = {name: tensors.get(f"table.{name}") for name in TABLE}
     table["columns"] = table["indices"] if table["columns"] is None else table["columns"]
     layer.table = SlotTable(**table)  # type: ignore[arg-type]
     layer.tokens = tensors["tokens"].cpu()
+    log = {name.removeprefix("log."): entry for name, entry in tensors.items() if name.startswith("log.")}
+    layer.prompt, layer.log = tensors["prompt"].cpu(), QueryLog.load(log, numbers["log"])
     layer.next_positions, layer.rho = tensors.get("next_positions"), tensors.get("rho")
     layer.memory = tensors.get("memory")
     for name in NUMBERS:
         setattr(layer, name, numbers[name])
     layer.carried = {_observation(spec): tensors[f"carried.{place}"] for place, spec in enumerate(numbers["carried"])}
     layer.holds_padding = tensors.get("table.mask") is not None
-    if layer.trimmed and layer.holds_padding:
+    if data is None and layer.trimmed and layer.holds_padding:
         layer.keep_slots(tensors["table.mask"])  # the file holds heads padded to the longest
+
+
+def _save_rotary(layers: list[CompressedCacheLayer], tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """Add the rotary embeddings to the tensors, once for all layers that share them, and return who they belong to."""
+    shared = dict.fromkeys(layer.rotary for layer in layers if layer.rotary is not None)
+    for place, columns in enumerate(shared):
+        tensors |= {
+            f"rotary.{place}.{name}": part.contiguous() for name, part in zip(ROTARY, columns.joined(), strict=True)
+        }
+    return [
+        {"layout": columns.layout, "layers": [place for place, layer in enumerate(layers) if layer.rotary is columns]}
+        for columns in shared
+    ]
+
+
+def _fill_rotary(layers: list[CompressedCacheLayer], shared: list[dict[str, Any]], tensors: dict[str, Tensor]) -> None:
+    for place, owner in enumerate(shared):
+        cos, sin = (tensors[f"rotary.{place}.{name}"] for name in ROTARY)
+        columns = RotaryColumns(((cos, sin),), Layout(*owner["layout"]))
+        for layer in owner["layers"]:
+            layers[layer].rotary = columns
 
 
 def _observation(spec: dict[str, Any]) -> Observation:

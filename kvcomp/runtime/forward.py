@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvcomp.core.attention import AttentionInputs, observe
 from kvcomp.core.interfaces import Observation
-from kvcomp.runtime.masks import visible
+from kvcomp.runtime.masks import additive
 from kvcomp.runtime.slots import SlotTable
 
 
@@ -26,12 +26,12 @@ class Logits:
 
 @dataclass(frozen=True, eq=False)
 class Forward:
-    """The new tokens of one forward as one layer saw them.
+    """The queries of one forward, or of several, as one layer saw them.
 
     Attributes:
         queries: `(batch, heads, tokens, head_dim)`.
         mask: over the slots of that moment, `(batch or 1, heads or 1, tokens, slots)`, or None for causal.
-        seen: columns seen before.
+        columns: of the queries, `(tokens,)` or `(batch, tokens)` int64.
         valid: `(batch, tokens)` bool, or None where none is padding.
         modality: `(batch, tokens)` int8, or None for text.
         logits: how logits are made.
@@ -39,7 +39,7 @@ class Forward:
 
     queries: Tensor
     mask: Tensor | None
-    seen: int
+    columns: Tensor
     valid: Tensor | None
     modality: Tensor | None
     logits: Logits
@@ -49,13 +49,15 @@ def observe_forwards(
     forwards: Sequence[Forward], keys: Tensor, table: SlotTable, observations: Iterable[Observation]
 ) -> dict[Observation, Tensor]:
     """Return the observations over one or several forwards (chunks that were deferred) as if they had been one."""
+    if not forwards:
+        return {}
     queries = torch.cat([forward.queries for forward in forwards], dim=2) if len(forwards) > 1 else forwards[0].queries
     batch, _, tokens, _ = queries.shape
     filled = torch.ones(batch, tokens, dtype=torch.bool, device=queries.device)
     inputs = AttentionInputs(
         queries=queries,
         keys=keys,
-        query_columns=torch.cat([_columns(forward) for forward in forwards]),
+        query_columns=torch.cat([forward.columns.expand(batch, -1) for forward in forwards], dim=1),
         key_columns=_narrow(table.columns).long(),
         query_modality=_joined([forward.modality for forward in forwards], forwards, filled.to(torch.int8) * 0),
         query_valid=_joined([forward.valid for forward in forwards], forwards, filled),
@@ -72,11 +74,6 @@ def observe_forwards(
 def _narrow(columns: Tensor) -> Tensor:
     """Return `(1, 1, slots)` where all rows and heads agree, so that a comparison is made once."""
     return columns[:1, :1] if columns.stride()[:2] == (0, 0) else columns
-
-
-def _columns(forward: Forward) -> Tensor:
-    tokens = forward.queries.shape[2]
-    return torch.arange(forward.seen, forward.seen + tokens, device=forward.queries.device)
 
 
 def _joined(parts: Sequence[Tensor | None], forwards: Sequence[Forward], default: Tensor) -> Tensor:
@@ -96,12 +93,18 @@ def _joined_mask(forwards: Sequence[Forward], table: SlotTable) -> Tensor | None
         return None
     if len(forwards) == 1:
         return forwards[0].mask
-    return torch.cat([_widened(forward, table) for forward in forwards], dim=2)
+    masks = [_widened(forward, table) for forward in forwards]
+    if any(mask.dtype != torch.bool for mask in masks):  # the mass of a slot is in its mask
+        masks = [additive(mask) for mask in masks]
+    heads = max(mask.shape[1] for mask in masks)
+    return torch.cat([mask.expand(-1, heads, -1, -1) for mask in masks], dim=2)
 
 
 def _widened(forward: Forward, table: SlotTable) -> Tensor:
-    """Return a forward's mask as bool over the slots of now; what came after it was not visible."""
+    """Return a forward's mask over the slots of now; what came after it was not visible."""
+    batch = table.columns.shape[0]
     if forward.mask is None:
-        return table.columns[:, :1, None] <= _columns(forward)[:, None]
-    mask = visible(forward.mask).expand(table.columns.shape[0], -1, -1, -1)
-    return F.pad(mask, (0, table.slots - mask.shape[-1]), value=False)
+        return table.columns[:, :1, None] <= forward.columns.expand(batch, -1)[:, None, :, None]
+    mask, later = forward.mask.expand(batch, -1, -1, -1), table.slots - forward.mask.shape[-1]
+    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return F.pad(mask, (0, later), value=hidden)

@@ -31,6 +31,13 @@ def visible(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
+def additive(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a bool or additive mask as additive."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros((), dtype=dtype, device=mask.device).where(mask, torch.finfo(dtype).min)
+
+
 def over_slots(mask: Tensor | None, table: SlotTable, queries: int, seen: int, group: int) -> Tensor | None:
     """Return the mask over the slots of a layer, `(batch, heads, queries, slots)`; None where every query sees every
     slot.
@@ -42,11 +49,11 @@ def over_slots(mask: Tensor | None, table: SlotTable, queries: int, seen: int, g
         seen: columns seen before them.
         group: query heads per KV head.
     """
-    if mask is None and queries == 1:
-        gathered = None if table.mask is None else table.mask[:, :, None]
-    elif mask is None:
+    if mask is None and queries > 1:
         query_columns = torch.arange(seen, seen + queries, device=table.columns.device)
-        gathered = (table.columns[:, :, None] <= query_columns[:, None]) & table.valid[:, :, None]
+        return visible_before(table, query_columns[None], group)
+    if mask is None:
+        gathered = None if table.mask is None else table.mask[:, :, None]
     else:
         batch, kv_heads, slots = table.columns.shape
         columns = table.columns.clamp(min=0).long()[:, :, None].expand(batch, kv_heads, queries, slots)
@@ -91,6 +98,18 @@ def over_sequences(
         last = with_mass(last[:, None, None], last.new_ones(rows, 1, tail).float(), 1, dtype)[:, 0, 0]
     pieces = torch.split_with_sizes(own, list(sizes))
     return [torch.cat([piece, last[place // kv_heads]])[None, None, None] for place, piece in enumerate(pieces)]
+
+
+def visible_before(table: SlotTable, columns: Tensor, group: int) -> Tensor:
+    """Return which slots lie at or before the columns of queries, `(batch, heads, queries, slots)` bool.
+
+    Args:
+        table: of all slots.
+        columns: `(batch or 1, queries)`.
+        group: query heads per KV head.
+    """
+    visible = (table.columns[:, :, None] <= columns[:, None, :, None]) & table.valid[:, :, None]
+    return visible.repeat_interleave(group, dim=1)
 
 
 def _hide(mask: Tensor, valid: Tensor) -> Tensor:

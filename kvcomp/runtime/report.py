@@ -47,6 +47,7 @@ class Report:
         recipe: name of the strategy.
         budget: as the strategy was given it.
         turns: `recompress` or `append`.
+        trigger: when tokens are compressed while they are decoded.
         layers: the compressed layers.
         untouched: numbers of the layers that are not full attention and were left alone.
         allocated_bytes: keys and values in filled slots.
@@ -59,6 +60,7 @@ class Report:
     recipe: str
     budget: str
     turns: str
+    trigger: str
     layers: tuple[LayerReport, ...]
     untouched: tuple[int, ...]
     allocated_bytes: int
@@ -108,8 +110,8 @@ def report_layer(number: int, layer: CompressedCacheLayer) -> LayerReport:
         merged=_floats(kept_or_merged - slots),
         evicted=_floats(tokens - kept_or_merged),
         rho=_rho(layer.rho, len(tokens)),
-        allocated_bytes=int(table.valid.sum()) * layer.slot_bytes,
-        full_bytes=int(tokens.sum()) * layer.kv_heads * layer.slot_bytes,
+        allocated_bytes=layer.storage.filled_nbytes(int(table.valid.sum()), layer.form.slot_bytes),
+        full_bytes=int(tokens.sum()) * layer.form.kv_heads * layer.form.slot_bytes,
     )
 
 

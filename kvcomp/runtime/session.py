@@ -21,13 +21,15 @@ from kvcomp.runtime import attention
 from kvcomp.runtime.adapter import adapter_for
 from kvcomp.runtime.cache import CompressedCache
 from kvcomp.runtime.files import fill_cache, saved_strategy
+from kvcomp.runtime.rotary import attention_modules
 
 
 class Attachment:
-    """What is changed on one model while at least one session is open: its attention implementation and three hooks."""
+    """What is changed on one model while at least one session is open: its attention implementation and its hooks."""
 
     def __init__(self, model: nn.Module) -> None:
         self.sessions = 0
+        self.watching = False
         self.decoder = _decoder(model)
         self.base = _implementation(self.decoder)
         _check_base(self.base)
@@ -40,7 +42,8 @@ class Attachment:
             )
         self.handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(_note_inputs, with_kwargs=True),
-            self.decoder.register_forward_pre_hook(_note_positions, with_kwargs=True),
+            self.decoder.register_forward_pre_hook(self._begin_text, with_kwargs=True),
+            self.decoder.register_forward_hook(_end_text, with_kwargs=True),
             model.register_forward_hook(_end_forward, with_kwargs=True),
         ]
 
@@ -49,6 +52,21 @@ class Attachment:
         for handle in self.handles:
             handle.remove()
         self.decoder.set_attn_implementation(self.base)
+
+    def _begin_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = _named(module, args, kwargs)
+        if cache := _cache_in(inputs):
+            cache.text_begins(inputs)
+            if cache.reads_rotary and not self.watching:
+                self._watch_rotary()
+
+    def _watch_rotary(self) -> None:
+        """Have every attention module tell its cache which rotary embeddings it was given."""
+        with _lock:
+            if not self.watching:
+                modules = attention_modules(self.decoder)
+                self.handles += [module.register_forward_pre_hook(_note_rotary, with_kwargs=True) for module in modules]
+                self.watching = True
 
 
 _attachments: weakref.WeakKeyDictionary[nn.Module, Attachment] = weakref.WeakKeyDictionary()
@@ -172,19 +190,27 @@ def _empty_cache(model: nn.Module, strategy: Strategy, *, defer: bool, reserve: 
     model_config: Any = model.config
     reference = weakref.ref(model)
 
-    def attached() -> bool:
-        return (owner := reference()) is not None and owner in _attachments
+    def decoder() -> Any:
+        owner = reference()
+        attachment = None if owner is None else _attachments.get(owner)
+        return None if attachment is None else attachment.decoder
 
-    return CompressedCache(strategy, model_config, adapter_for(model_config), attached, defer=defer, reserve=reserve)
+    return CompressedCache(strategy, model_config, adapter_for(model_config), decoder, defer=defer, reserve=reserve)
 
 
 def _build(source: Strategy | str | Path | Mapping[str, Any], budget: Any, overrides: dict[str, Any]) -> Strategy:
     if isinstance(source, Strategy) and budget is None and not overrides:
         return source
     built = config.strategy(source, budget, **overrides)
-    if built.selector is None and built.budget.ratio != 1:
+    if built.ignores_budget and built.budget.ratio != 1:
         warnings.warn(
             f"recipe {built.name!r} has no selector, so it keeps everything and ignores the budget {built.budget}",
+            IgnoredSettingWarning,
+            stacklevel=4,
+        )
+    if built.selector is None and built.trigger.decoding:
+        warnings.warn(
+            f"recipe {built.name!r} has no selector, so it compresses nothing and ignores the trigger {built.trigger}",
             IgnoredSettingWarning,
             stacklevel=4,
         )
@@ -232,10 +258,16 @@ def _note_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         cache.note_inputs(inputs)
 
 
-def _note_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _note_rotary(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     inputs = _named(module, args, kwargs)
     if cache := _cache_in(inputs):
-        cache.note_positions(inputs)
+        cache.note_rotary(module, inputs.get("position_embeddings"))
+
+
+def _end_text(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    inputs = _named(module, args, kwargs)
+    if cache := _cache_in(inputs):
+        cache.text_ended(inputs)
 
 
 def _end_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -82,7 +82,7 @@ class SlotTable:
     def masked(self, stays: Tensor) -> SlotTable:
         """Return the table with the slots outside `stays` `(batch, kv_heads, slots)` empty."""
         indices = self.indices.masked_fill(~stays, -1)
-        columns = indices if self.columns is self.indices else self.columns
+        columns = indices if self.columns is self.indices else self.columns.masked_fill(~stays, -1)
         counts = self.counts.masked_fill(~stays, 0.0)
         return SlotTable(indices, columns, counts, self.modality, self.positions, stays)
 
@@ -123,6 +123,11 @@ class PackedTable:
     modality: Tensor
     positions: tuple[Tensor, ...]
     mask: Tensor
+
+    @property
+    def slots(self) -> int:
+        """Return the number of slots of the longest head."""
+        return self.mask.shape[2]
 
     @classmethod
     def of(cls, table: SlotTable) -> PackedTable:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from kvcomp.core.strategy import Strategy
 from kvcomp.runtime.layer import CompressedCacheLayer
 
@@ -15,8 +17,7 @@ STATE = (
     "is_initialized",
     "dtype",
     "device",
-    "kv_heads",
-    "slot_bytes",
+    "form",
     "held_table",
     "tokens",
     "next_positions",
@@ -27,8 +28,13 @@ STATE = (
     "rho",
     "seconds",
     "forwards",
+    "output",
     "carried",
     "memory",
+    "log",
+    "steps",
+    "prompt",
+    "rotary",
     "compressions",
 )
 
@@ -59,15 +65,17 @@ class Snapshot:
     strategy: Strategy
     compressed: Mapping[int, LayerSnapshot]
     others: Mapping[int, Any]
+    fed: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, layers: list[Any], strategy: Strategy) -> Snapshot:
-        """Return a snapshot of all layers of a cache."""
+    def of(cls, layers: list[Any], strategy: Strategy, fed: tuple[Tensor, ...]) -> Snapshot:
+        """Return a snapshot of all layers of a cache, and of what waits to be fed again."""
         pairs = list(enumerate(layers))
         return cls(
             strategy,
             {number: LayerSnapshot.of(layer) for number, layer in pairs if isinstance(layer, CompressedCacheLayer)},
             {number: copy.deepcopy(layer) for number, layer in pairs if not isinstance(layer, CompressedCacheLayer)},
+            fed,
         )
 
     def put_back(self, layers: list[Any]) -> None:

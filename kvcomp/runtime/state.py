@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from kvcomp.core.interfaces import Observation, SlotStorage
-from kvcomp.core.types import Pivots
+from kvcomp.core.types import Pivots, SlotForm
+from kvcomp.runtime.decoding import QueryLog
+from kvcomp.runtime.rotary import RotaryColumns
 from kvcomp.runtime.slots import PackedTable, SlotTable, gather_heads, new_tokens, padded, positions_after
 
 
@@ -27,8 +29,7 @@ class LayerState:
         self.storage = storage
         self.is_initialized = False
         self.dtype, self.device = torch.float32, torch.device("cpu")  # until the first token says
-        self.kv_heads = 0
-        self.slot_bytes = 0  # of one slot of one KV head, as it came in
+        self.form = SlotForm(0, 0, 0, 0, 0)
         self.held_table: SlotTable | PackedTable | None = None
         self.tokens = torch.zeros(0, dtype=torch.long)  # valid tokens of each row that the table stands for, on the CPU
         self.next_positions: Tensor | None = None  # (axes, batch), of the first token of the tail
@@ -39,6 +40,10 @@ class LayerState:
         self.holds_padding = False  # some slot of the storage is that of a padding token
         self.carried: Mapping[Observation, Tensor] = {}  # (batch, heads, slots) each, of the slots in the table
         self.memory: Tensor | None = None  # (batch, ...), what the matcher left at the last compression
+        self.log = QueryLog()  # of queries that compressions while decoding look at
+        self.steps = 0  # tokens decoded since the last compression
+        self.prompt = self.tokens  # valid tokens of each row at the end of the last forward of several, on the CPU
+        self.rotary: RotaryColumns | None = None  # of all columns seen, where the strategy reads it
 
     # --- reading ---
 
@@ -88,9 +93,11 @@ class LayerState:
     def bookkeeping(self) -> list[Tensor]:
         """Return every tensor that the layer keeps beside keys and values."""
         tensors = [] if self.held_table is None else list(self.held_table.tensors())
-        tensors += [tensor for tensor in (self.tokens, self.next_positions, self.memory) if tensor is not None]
+        tensors += [self.tokens, self.prompt]
+        tensors += [tensor for tensor in (self.next_positions, self.memory) if tensor is not None]
         tensors += [packed.layout.ends] if (packed := self.storage.packed()) else []
-        return [*tensors, *self.carried.values()]
+        tensors += [] if self.rotary is None else self.rotary.tensors()
+        return [*tensors, *self.log.tensors(), *self.carried.values()]
 
     def whole_table(self, arrived: bool = True) -> SlotTable:
         """Return the table with the tail, and with the tokens that just arrived, which only a mask may ask for."""
@@ -114,13 +121,10 @@ class LayerState:
 
     # --- changing ---
 
-    def take_form(self, keys: Tensor, values: Tensor) -> None:
-        """Take note of what the layer is to hold: KV heads, dtype, device and bytes of `(batch, kv_heads, tokens,
-        head_dim)` each.
-        """
+    def take_form(self, keys: Tensor, values: Tensor, layers: int) -> None:
+        """Take note of what the layer is to hold, `(batch, kv_heads, tokens, head_dim)` each."""
         self.dtype, self.device = keys.dtype, keys.device
-        self.kv_heads = keys.shape[1]
-        self.slot_bytes = (keys.shape[-1] + values.shape[-1]) * keys.element_size()
+        self.form = SlotForm(layers, keys.shape[1], keys.shape[-1], values.shape[-1], keys.element_size())
         self.is_initialized = True
 
     def take_in(self, batch: int, valid: Tensor | None, modality: Tensor | None, positions: Tensor | None) -> None:
@@ -136,7 +140,7 @@ class LayerState:
         first = self.held_table is None
         before = torch.full((batch,), 0) if first else self.tokens + self.tail
         arrived = new_tokens(
-            (batch, self.kv_heads, self.arrived),
+            (batch, self.form.kv_heads, self.arrived),
             seen,
             before,
             device=self.device,
@@ -147,8 +151,15 @@ class LayerState:
         self.table = arrived if first else self.whole_table(arrived=False).extend(arrived)
         self.tokens = before + (self.arrived if valid is None else valid.sum(dim=1).cpu())
         self.next_positions = None if positions is None else positions_after(positions, batch)
+        self.prompt = self.tokens
         self.tail = self.arrived = 0
         self.holds_padding |= valid is not None
+
+    def take_in_tail(self) -> None:
+        """Move the tail into the table."""
+        if self.tail:
+            self.table, self.next_positions = self.whole_table(arrived=False), self.upcoming_positions()
+            self.tokens, self.tail = self.tokens + self.tail, 0
 
     def keep_slots(self, stays: Tensor) -> None:
         """Hold the slots that stay, `(batch, kv_heads, slots)` of all slots, and nothing else."""
@@ -170,10 +181,12 @@ class LayerState:
         self.storage.select(here)
         table = self.table
         self.table = None if table is None else table.map(lambda entry: entry.index_select(0, here))
-        self.tokens = self.tokens.index_select(0, rows.cpu())
+        self.tokens, self.prompt = (tokens.index_select(0, rows.cpu()) for tokens in (self.tokens, self.prompt))
+        self.log = self.log.rows(here)
         self.next_positions = None if self.next_positions is None else self.next_positions.index_select(1, here)
         self.carried = {seen: sums.index_select(0, here) for seen, sums in self.carried.items()}
         self.memory = None if self.memory is None else self.memory.index_select(0, here)
+        self.rotary = None if self.rotary is None else self.rotary.rows(rows)
 
     def move(self, device: torch.device) -> None:
         """Move keys and values to a device."""

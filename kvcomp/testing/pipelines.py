@@ -10,7 +10,7 @@ from typing import Any
 from kvcomp.core.budget import Budget
 from kvcomp.core.config import PART_KEYS, strategy
 from kvcomp.core.errors import InputError
-from kvcomp.core.interfaces import Matcher, Merger, Observation, Part
+from kvcomp.core.interfaces import Matcher, Merger, Observation, Part, Store
 from kvcomp.core.registry import registry
 from kvcomp.core.strategy import Strategy
 
@@ -47,7 +47,8 @@ def as_part(subject: Subject) -> Part | None:
 def pipeline_around(subject: Subject) -> Strategy:
     """Return a recipe as its strategy, a lone part in a pipeline of built-in neighbours.
 
-    A neighbour that a part requires and the plain pipeline does not provide is looked for in the registry.
+    A neighbour that a part requires and the plain pipeline does not provide is looked for in the registry. A store that
+    keeps every token in the budget's bytes stands without a selector.
     """
     part = as_part(subject)
     if part is None:
@@ -60,7 +61,10 @@ def pipeline_around(subject: Subject) -> Strategy:
         parts["merger"] = registry.find("merger", "drop").value()
     if not isinstance(part, Observation):
         parts[part.kind] = part
-    return Strategy(name=f"around-{part.use}", budget=Budget.parse(0.2), **_completed(parts, part))
+    parts = _completed(parts, part)
+    if isinstance(part, Store) and part.fits and not part.evicts:
+        parts["selector"] = None
+    return Strategy(name=f"around-{part.use}", budget=Budget.parse(0.2), **parts)
 
 
 def _completed(parts: dict[str, Any], fixed: Part) -> dict[str, Any]:

@@ -83,15 +83,10 @@ def run_view(strategy: Strategy, view: LayerView) -> Run:
 
 def _run(strategy: Strategy, view: LayerView) -> Run:
     tokens = view.valid.sum(dim=-1).amax(dim=-1)
-    share = strategy.slots(tokens, slot_bytes(view))
+    share = strategy.slots(tokens, view.form)
     scores = strategy.scores(view, share)
     if strategy.allocator.scope == "model":
         (scores,) = strategy.together([view], [scores])
     slots = strategy.allocate(share, [view], [scores])[0]
     plan = strategy.plan(view, slots, scores)
     return Run(strategy, view, share, scores, slots, plan, strategy.apply(view, plan))
-
-
-def slot_bytes(view: LayerView) -> int:
-    """Return the bytes of one slot over all KV heads and layers."""
-    return view.layers * view.shape[1] * (view.keys.shape[-1] + view.values.shape[-1]) * view.keys.element_size()

@@ -10,11 +10,14 @@ from einops import rearrange
 from torch import Tensor
 
 from kvcomp.core.attention import AttentionInputs
+from kvcomp.core.rotary import Rotary
 from kvcomp.core.types import LayerView, Modality
 
 FILLS = ("normal", "zero", "equal", "extreme", "mixed")
 PER_TOKEN = ("modality", "valid", "indices", "counts")
 RUN_LENGTH = 6  # longest run of one modality
+ROTARY_BASE = 1e4
+HIDDEN = 12  # size of the layer's output
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +30,7 @@ class Sample:
         modality, valid, indices, counts: `(batch, kv_heads, tokens)`, as in `LayerView`.
         label: how it was made, for messages.
         layer, layers: place in the model.
+        output: `(heads, hidden, head_dim)`, W_O of each query head, or None.
     """
 
     queries: Tensor
@@ -39,6 +43,7 @@ class Sample:
     label: str = ""
     layer: int = 1
     layers: int = 3
+    output: Tensor | None = None
 
     def __repr__(self) -> str:
         return f"Sample({self.label})"
@@ -76,7 +81,15 @@ class Sample:
             positions=self.indices.clamp(min=0)[None],
             layer=self.layer,
             layers=self.layers,
+            rotary=self.rotary(),
+            output=self.output,
         )
+
+    def rotary(self) -> Rotary:
+        """Return rotations by the place of each token, of all coordinates but the last two."""
+        pairs = max(1, self.keys.shape[-1] // 2 - 1)
+        angles = self.indices.clamp(min=0)[..., None] * ROTARY_BASE ** -(torch.arange(pairs) / pairs)
+        return Rotary(angles.cos(), angles.sin())
 
     def rows(self, order: Sequence[int]) -> Sample:
         """Return these rows of the batch, in this order."""
@@ -86,7 +99,11 @@ class Sample:
         """Return the KV heads, each with its group of query heads, in this order."""
         grouped = rearrange(self.queries, "b (kv group) q d -> b kv group q d", kv=self.keys.shape[1])
         queries = grouped[:, list(order)].flatten(1, 2)
-        return replace(self._take(list(order), dim=1), queries=queries)
+        output = self.output
+        if output is not None:
+            output = rearrange(output, "(kv group) hidden d -> kv group hidden d", kv=self.keys.shape[1])
+            output = output[list(order)].flatten(0, 1)
+        return replace(self._take(list(order), dim=1), queries=queries, output=output)
 
     def alone(self, row: int) -> Sample:
         """Return one row as a batch of its own, without padding."""
@@ -149,6 +166,7 @@ def make_sample(
         counts.masked_fill(~valid, 0.0) if held else counts,
         label=_label(seed, lengths, fill, held, queries, keys, modalities),
         layer=layer,
+        output=torch.randn(kv_heads * group, HIDDEN, head_dim, generator=generator).to(dtype),
     )
 
 

@@ -26,17 +26,21 @@ from kvcomp_strategies.mergers.importance_weighted import ImportanceWeighted
 from kvcomp_strategies.mergers.mean import Mean
 from kvcomp_strategies.mergers.pivot_mean import PivotMean
 from kvcomp_strategies.mergers.sum import Sum
+from kvcomp_strategies.mergers.unrotated import Unrotated
 from kvcomp_strategies.mergers.values_only import ValuesOnly
 from kvcomp_strategies.mergers.weighted import Weighted
 from kvcomp_strategies.observations.cross_modal_flow import CrossModalFlow
 from kvcomp_strategies.observations.post_vision import PostVisionSums
+from kvcomp_strategies.observations.query_peaks import QueryPeaks
 from kvcomp_strategies.observations.received_attention import ReceivedSums
+from kvcomp_strategies.observations.reconstruction import LargestReceived
 from kvcomp_strategies.observations.row_entropy import RowEntropy
 from kvcomp_strategies.observations.sparsity import Sparsity
 from kvcomp_strategies.observations.window_attention import WindowRows
 from kvcomp_strategies.policies.flow_guided import FlowGuided
 from kvcomp_strategies.policies.misaligned import Misaligned
 from kvcomp_strategies.policies.uniform import UniformPolicy
+from kvcomp_strategies.scorers.critical import Critical
 from kvcomp_strategies.scorers.early_layer import EarlyLayer
 from kvcomp_strategies.scorers.key_diversity import KeyDiversity
 from kvcomp_strategies.scorers.key_norm import KeyNorm
@@ -46,11 +50,16 @@ from kvcomp_strategies.scorers.post_vision import PostVision
 from kvcomp_strategies.scorers.proxy_attention import ProxyAttention
 from kvcomp_strategies.scorers.random import Random
 from kvcomp_strategies.scorers.received_attention import ReceivedAttention
+from kvcomp_strategies.scorers.reconstruction import Reconstruction
 from kvcomp_strategies.scorers.text_first import TextFirst
+from kvcomp_strategies.scorers.value_norm import ValueNorm
 from kvcomp_strategies.scorers.window_attention import WindowAttention
 from kvcomp_strategies.selectors.adjacent_clusters import AdjacentClusters
 from kvcomp_strategies.selectors.top_k import TopK
 from kvcomp_strategies.stores.dense import Dense
+from kvcomp_strategies.stores.layer_paired import LayerPairedStore
+from kvcomp_strategies.stores.mixed import MixedStore
+from kvcomp_strategies.stores.quantized import QuantizedStore
 from kvcomp_strategies.stores.ragged import Ragged
 
 PARTS: tuple[type[Part], ...] = (
@@ -66,11 +75,14 @@ PARTS: tuple[type[Part], ...] = (
     Prefix,
     Global,
     ProtectedFirst,
+    Critical,
     Position,
     ProxyAttention,
     Random,
     ReceivedAttention,
+    Reconstruction,
     TextFirst,
+    ValueNorm,
     WindowAttention,
     LastQuery,
     PostVision,
@@ -92,14 +104,20 @@ PARTS: tuple[type[Part], ...] = (
     ImportanceWeighted,
     Gaussian,
     Sum,
+    Unrotated,
     ValuesOnly,
     Dense,
     Ragged,
+    QuantizedStore,
+    MixedStore,
+    LayerPairedStore,
     CrossModalFlow,
+    QueryPeaks,
     ReceivedSums,
     RowEntropy,
     PostVisionSums,
     Sparsity,
+    LargestReceived,
     WindowRows,
 )
 

@@ -25,7 +25,8 @@ RECIPES = (
     *("flowmm", "flowmm-misaligned", "flowmm-no-flow", "flowmm-no-gate", "flowmm-no-flow-no-gate"),
 )
 MERGING = ("look-m", "look-m-mean", "look-m-weighted", "look-m-evict", "d2o", "meda", "kvmerge", "cam")
-LAYER = 1
+RECONSTRUCTING = ("kvzip", "critical", "kvcomp-global", "kvcomp-global-merge")  # from the rows of the prompt itself
+LAYER, HIDDEN = 1, 10
 
 
 def wave(heads: int, tokens: int, phase: float) -> Tensor:
@@ -63,7 +64,8 @@ def expected() -> dict[str, dict[str, list]]:
     """Recipe, budget: `[row][head]` lists of kept indices; of methods that merge also where each merged token goes."""
     import oracles
 
-    table: dict[str, dict[str, list]] = {recipe: {budget: [] for budget in BUDGETS} for recipe in (*RECIPES, *MERGING)}
+    table: dict[str, dict[str, list]] = {recipe: {budget: [] for budget in BUDGETS} for recipe in RECIPES}
+    table |= {recipe: {budget: [] for budget in BUDGETS} for recipe in (*MERGING, *RECONSTRUCTING)}
     for row in range(len(LENGTHS)):
         queries, keys, values, modality = prompt(row)
         attention = [oracles.softmax_attention(queries[h], keys[h // GROUP]) for h in range(len(queries))]
@@ -81,6 +83,8 @@ def expected() -> dict[str, dict[str, list]]:
             groups = [attention[h * GROUP : (h + 1) * GROUP] for h in range(KV_HEADS)]
             for recipe in MERGING:
                 table[recipe][budget].append(merging_row(recipe, groups, keys, values, modality, slots))
+            for recipe in RECONSTRUCTING:
+                table[recipe][budget].append(reconstructing_row(recipe, groups, keys, values, slots))
     return table
 
 
@@ -103,6 +107,38 @@ def merging_row(recipe, groups, keys, values, modality, slots):  # type: ignore[
         {"kept": one.kept, "edges": [[source, pivot] for source in sorted(one.edges) for pivot in one.edges[source]]}
         for one in merged
     ]
+
+
+def output() -> Tensor:
+    """W_O of each query head, `(heads, hidden, head_dim)`."""
+    return wave(KV_HEADS * GROUP, HIDDEN, 0.4)
+
+
+def reconstructing_row(recipe, groups, keys, values, slots):  # type: ignore[no-untyped-def]
+    """What is kept of the heads of one row, which share the budget but for `critical`."""
+    import oracles
+    import oracles_recon
+
+    tokens = keys.shape[1]
+    norm = "l1" if recipe == "critical" else "l2"
+    weights = [list(output()[h * GROUP : (h + 1) * GROUP]) for h in range(KV_HEADS)]
+    norms = [[oracles_recon.output_norm(value, weights[h], norm) for value in values[h]] for h in range(KV_HEADS)]
+    if recipe == "critical":
+        window = min(32, slots // 2)
+        votes = [oracles.snapkv_scores(group, slots) + [0.0] * window for group in groups]
+        kept = [oracles_recon.critical_kept(votes[h], norms[h], slots, window) for h in range(KV_HEADS)]
+        return [{"kept": places} for places in kept]
+    largest = [[max(float(head[:, token].max()) for head in group) for token in range(tokens)] for group in groups]
+    if recipe == "kvzip":
+        return [{"kept": places} for places in oracles_recon.shared_budget([largest], slots, floor=0, sinks=4)[0]]
+    scores = [oracles_recon.weighed(largest[h], norms[h], 0.5) for h in range(KV_HEADS)]
+    kept = oracles_recon.shared_budget([scores], slots, floor=slots // 10)[0]
+    if recipe == "kvcomp-global":
+        return [{"kept": places} for places in kept]
+    goes = [sorted(set(range(tokens)) - set(places)) for places in kept]
+    edges = [[[one, oracles.nearest(one, kept[h], keys[h])] for one in goes[h]] for h in range(KV_HEADS)]
+    edges = [[e for e in edges[h] if oracles.cosine(*keys[h][e]) >= 0.9] for h in range(KV_HEADS)]
+    return [{"kept": kept[h], "edges": edges[h]} for h in range(KV_HEADS)]
 
 
 def one_head(recipe, attention, keys, values, modality, slots, rho, head):  # type: ignore[no-untyped-def]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcomp.core.strategy import Strategy
+from kvcomp.core.strategy import Strategy, working
 from kvcomp.core.types import CompressedLayer
 from kvcomp.testing.failures import require, require_all, require_close, require_same
 from kvcomp.testing.runs import Run, run, run_view, view_for
@@ -54,7 +54,7 @@ def finite(strategy: Strategy, sample: Sample) -> None:
     """Finite inputs give finite scores, keys and values, of the dtype that came in."""
     seen = run(strategy, sample)
     require_all(seen.scores.values.isfinite(), "scores must be finite")
-    if strategy.scorer is not None:
+    if strategy.scorer is not None and strategy.scorer in working(strategy.parts):
         raw = strategy.scorer.score(seen.view, seen.share)
         require(raw.shape == seen.view.shape, f"scores must be {seen.view.shape}, got {tuple(raw.shape)}")
         require_all(raw.isfinite() | ~seen.view.valid, "scores of valid tokens must be finite")

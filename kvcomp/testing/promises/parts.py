@@ -178,6 +178,7 @@ def _rows(block: AttentionBlock, rows: slice) -> AttentionBlock:
         row_valid=block.row_valid[:, rows],
         modality=block.modality,
         valid=block.valid,
+        queries=block.queries[:, :, rows],
     )
 
 

@@ -13,6 +13,8 @@ from kvcomp.core.types import LayerView, Scores
 class UniformAllocator(BudgetAllocator, use="uniform"):
     """Give every KV head of every layer the uniform share."""
 
+    even = True
+
     def allocate(self, slots: Tensor, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Tensor:
         """Return the uniform share for every head, `(layers, batch, kv_heads)`."""
         batch, kv_heads, _ = layers[0].shape

@@ -21,6 +21,11 @@ class PostVisionSums(Observation, use="post-vision"):
 
     window: int = Field(default=32, ge=1)
 
+    @property
+    def latest(self) -> int:
+        """Return how many of the last queries stand in where those of an image are no longer among them."""
+        return self.window
+
     def rows(self, valid: Tensor, modality: Tensor) -> Tensor:
         """Return the queries after the last image."""
         return rows_after_vision(valid, modality, self.window)

@@ -28,6 +28,11 @@ class Sparsity(Observation, use="sparsity"):
     threshold: float = Field(default=0.01, gt=0.0, lt=1.0)
     window: int = Field(default=32, ge=1)
 
+    @property
+    def latest(self) -> int:
+        """Return how many of the last queries stand in where those of an image are no longer among them."""
+        return self.window
+
     def rows(self, valid: Tensor, modality: Tensor) -> Tensor:
         """Return the queries after the last image."""
         return rows_after_vision(valid, modality, self.window)

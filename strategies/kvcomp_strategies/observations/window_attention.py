@@ -22,6 +22,11 @@ class WindowRows(Observation, use="window-attention"):
 
     count: int = Field(default=32, ge=1)
 
+    @property
+    def latest(self) -> int:
+        """Return the number of rows."""
+        return self.count
+
     def rows(self, valid: Tensor, modality: Tensor) -> Tensor:
         """Return the last `count` valid queries, `(batch, count)`, -1 at the front where there are fewer."""
         order = valid.to(torch.uint8).argsort(dim=-1, stable=True)[:, -self.count :]

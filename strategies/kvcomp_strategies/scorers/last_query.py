@@ -25,6 +25,8 @@ class LastQuery(Scorer, use="last-query"):
         recent: how many of the latest tokens are protected; 1 in NVIDIA/kvpress, `kvpress/presses/tova_press.py`.
     """
 
+    provides = frozenset({"scores", "attention"})
+
     heads: Literal["all", "group"] = "all"
     recent: int = Field(default=0, ge=0)
 

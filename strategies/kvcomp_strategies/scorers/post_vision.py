@@ -23,6 +23,8 @@ class PostVision(Scorer, use="post-vision"):
         window: how many queries vote where none comes after an image.
     """
 
+    provides = frozenset({"scores", "attention"})
+
     recent: float = Field(default=0.1, ge=0.0, le=1.0)
     window: int = Field(default=32, ge=1)
 

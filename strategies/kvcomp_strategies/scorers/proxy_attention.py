@@ -29,6 +29,8 @@ class ProxyAttention(Scorer, use="proxy-attention"):
     - `kernel` 1 (j): no pooling; SnapKV's is 5.
     """
 
+    provides = frozenset({"scores", "attention"})
+
     proxies: int = Field(default=32, ge=1)
     recent: float = Field(default=0.0, ge=0.0, le=1.0)
     sinks: int = Field(default=0, ge=0)

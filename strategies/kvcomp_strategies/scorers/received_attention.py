@@ -34,6 +34,8 @@ class ReceivedAttention(Scorer, use="received-attention"):
         normalize: `"none"` for the raw sum; `"rows"` divides by the number of later tokens, which is no longer H2O.
     """
 
+    provides = frozenset({"scores", "attention"})
+
     recent: float = Field(default=0.5, ge=0.0, le=1.0)
     sinks: int = Field(default=0, ge=0, le=1024)
     window: Literal["locked", "open"] = "locked"

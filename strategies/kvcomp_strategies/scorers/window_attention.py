@@ -37,6 +37,8 @@ class WindowAttention(Scorer, use="window-attention"):
         pooling: `"average"`, or `"max"` as in the configurations that the official code ran LongBench with.
     """
 
+    provides = frozenset({"scores", "attention"})
+
     window: int = Field(default=32, ge=1)
     kernel: Kernel = 5
     pooling: Literal["average", "max"] = "average"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.core.interfaces import SlotStorage
+from kvcomp.core.types import Guide
 
 FEWEST_NEW = 16  # slots that a full buffer grows by at least
 
@@ -97,7 +98,7 @@ class BufferedStorage(SlotStorage):
         else.
         """
 
-    def replace(self, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> None:
+    def replace(self, keys: Tensor, values: Tensor, mask: Tensor | None = None, guide: Guide | None = None) -> None:
         """Hold exactly these slots."""
         self._buffers = self._buffers_of(keys, values, mask)
         self._filled = keys.shape[2]

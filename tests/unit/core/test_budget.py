@@ -97,6 +97,14 @@ def test_too_few_bytes_say_what_a_slot_takes() -> None:
     assert caught.value.smallest == pytest.approx(0.125, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [(0.5, [15, 50]), ("0.333333", [9, 33]), ("4t", [30, 40]), ("70B", [70, 70]), (1.0, [30, 100])],
+)
+def test_a_budget_is_bytes_of_each_row(budget: object, expected: list[int]) -> None:
+    assert Budget.parse(budget).nbytes(torch.tensor([3, 10]), slot_bytes=10).tolist() == expected
+
+
 @pytest.mark.parametrize("fields", [{}, {"tokens": 1, "bytes": 1}], ids=["none", "two"])
 def test_a_budget_is_exactly_one_of_three(fields: dict) -> None:
     with pytest.raises(BudgetError, match="exactly one of"):

@@ -20,6 +20,7 @@ def block(
         row_valid=torch.tensor([valid or [True] * count]),
         modality=torch.tensor([[keys]], dtype=torch.int8),
         valid=torch.ones(1, 1, len(keys), dtype=torch.bool),
+        queries=torch.zeros(1, 1, count, 4),
     )
 
 

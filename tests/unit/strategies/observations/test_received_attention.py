@@ -10,7 +10,7 @@ from kvcomp import AttentionBlock
 def block(*rows: list[float]) -> AttentionBlock:
     probs = torch.tensor(rows)[None, None]
     nothing = torch.zeros(1, len(rows), dtype=torch.long)
-    return AttentionBlock(probs, nothing, nothing, nothing.bool(), nothing, nothing.bool())
+    return AttentionBlock(probs, nothing, nothing, nothing.bool(), nothing, nothing.bool(), nothing.float())
 
 
 def test_columns_are_summed_over_blocks() -> None:

@@ -19,6 +19,7 @@ def entropy(probs: list[list[float]], keys: list[int], rows: list[int], over: st
         row_valid=valid,
         modality=modality,
         valid=torch.ones_like(modality, dtype=torch.bool),
+        queries=torch.zeros(*attention.shape[:3], 4),
     )
     observation = RowEntropy(over=over)  # type: ignore[arg-type]
     return float(observation.result(observation.update(None, block)))

@@ -1,0 +1,328 @@
+"""The second pass: the context is fed to the text model once more and attends to its own full cache, which stays as it
+is.
+
+It runs when a forward has ended and before anything is trimmed, so that all layers are whole for the time of about one
+more prefill. The repeated tokens come after the context: each chunk takes the positions that follow the last one seen,
+shifted as a whole, so that an image keeps its grid. A chunk sees the context and itself, and no other chunk.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from kvcomp.core.errors import UnsupportedUseError
+from kvcomp.core.interfaces import Observation
+from kvcomp.core.types import Repeat
+from kvcomp.runtime.forward import Forward, Logits, observe_forwards
+from kvcomp.runtime.layer import LAYER_ATTRIBUTE, CompressedCacheLayer
+from kvcomp.runtime.masks import over_slots, with_mass
+from kvcomp.runtime.slots import SlotTable, new_tokens
+
+# What a text model is given per token that is known: fed again, made anew, or read by nothing below the outer model.
+UNDERSTOOD = frozenset(
+    (
+        *("input_ids", "inputs_embeds", "position_ids", "attention_mask", "cache_position"),
+        *("token_type_ids", "mm_token_type_ids", "labels"),
+    )
+)
+
+
+def fed_tokens(inputs: Mapping[str, Any]) -> Tensor:
+    """Return what a forward of the text model was given for its tokens: ids `(batch, tokens)`, or embeddings
+    `(batch, tokens, hidden)`.
+
+    Raises:
+        UnsupportedUseError: it was given more, which nothing says how to feed again.
+    """
+    tensors = {name for name, value in inputs.items() if _holds_tensors(value)}
+    if foreign := sorted(tensors - UNDERSTOOD):
+        raise UnsupportedUseError(
+            "a second pass feeds ids or embeddings and positions to the text model once more, and this model takes "
+            f"{', '.join(foreign)} as well; use a scorer without a second pass"
+        )
+    tokens: Tensor = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    return tokens
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, list | tuple) and any(map(_holds_tensors, value)))
+
+
+def second_pass(
+    decoder: nn.Module, cache_layers: Sequence[Any], fed: Sequence[Tensor], pending: Mapping[int, CompressedCacheLayer]
+) -> None:
+    """Give each layer the statistics of a second pass that it wants, `layer.repeated`.
+
+    Args:
+        decoder: the text model.
+        cache_layers: of the cache; what they hold is not changed.
+        fed: what the forwards since the last compression were given, as `fed_tokens` returns it.
+        pending: the layers that wait for their compression, by their number in the cache.
+    """
+    with torch.no_grad():
+        context = Context.of(decoder, cache_layers, fed)
+        _repeat(context, pending)
+        overfull = [layer for layer in pending.values() if layer.overfull]
+        for share in _rounds(overfull):
+            _narrow(overfull, share)
+            _repeat(context, pending)
+
+
+def _repeat(context: Context, pending: Mapping[int, CompressedCacheLayer]) -> None:
+    """Feed the context once more for each way in which a statistic wants it fed."""
+    passes: dict[Repeat, dict[int, list[Observation]]] = {}
+    for number, layer in pending.items():
+        layer.repeated = {}
+        for observation in layer.wanted():
+            if (repeat := observation.repeat()) is not None:
+                passes.setdefault(repeat, {}).setdefault(number, []).append(observation)
+    for repeat, wanted in passes.items():
+        for chunk in context.chunks(repeat):
+            context.feed(chunk, wanted)
+
+
+def _rounds(layers: Sequence[CompressedCacheLayer]) -> Sequence[Tensor]:
+    strategy = layers[0].request.strategy if layers else None
+    if strategy is None or strategy.scorer is None or strategy.selector is None:
+        return ()
+    return strategy.scorer.rounds(layers[0].tokens, layers[0].share())
+
+
+def _narrow(layers: Sequence[CompressedCacheLayer], share: Tensor) -> None:
+    """Leave alive what would be kept at a uniform share, `(batch,)`."""
+    strategy = layers[0].request.strategy
+    looks = [layer.look(share) for layer in layers]
+    if strategy.allocator.scope == "layer":
+        slots = torch.cat([strategy.allocate(share, [view], [scores]) for view, scores in looks])
+    else:
+        views, scores = zip(*looks, strict=True)
+        looks = list(zip(views, strategy.together(views, scores), strict=True))
+        slots = strategy.allocate(share, *zip(*looks, strict=True))
+    for layer, (view, seen), allotted in zip(layers, looks, slots, strict=True):
+        assert strategy.selector is not None
+        pivots = strategy.selector.select(view, strategy.for_slots(view, seen, allotted), allotted)
+        places = pivots.indices.masked_fill(~pivots.filled(), view.shape[2])  # empty slots fall behind the last token
+        alive = torch.zeros(*view.shape[:2], view.shape[2] + 1, dtype=torch.bool, device=places.device)
+        layer.alive = alive.scatter(2, places, True)[..., :-1]
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Some tokens of each row, its own first ones first, so that a row in a batch is cut as it is alone.
+
+    Attributes:
+        inputs: `(batch, tokens)` ids or `(batch, tokens, hidden)` embeddings.
+        positions: `(axes, batch, tokens)` int64.
+        valid: `(batch, tokens)` bool, false after the end of a row.
+        modality: `(batch, tokens)` int8.
+    """
+
+    inputs: Tensor
+    positions: Tensor
+    valid: Tensor
+    modality: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What is fed once more, and the cache that it attends to.
+
+    Attributes:
+        inputs: of the tokens since the last compression, `(batch, tokens)` or `(batch, tokens, hidden)`.
+        table: of the same tokens.
+        next_positions: `(axes, batch)`, of the token that follows all of them.
+        order: `(batch, tokens)`, the valid tokens first.
+        lengths: `(batch,)`, how many are valid.
+    """
+
+    decoder: nn.Module
+    cache_layers: Sequence[Any]
+    inputs: Tensor
+    table: SlotTable
+    next_positions: Tensor
+    order: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, decoder: nn.Module, cache_layers: Sequence[Any], fed: Sequence[Tensor]) -> Context:
+        """Return the context that these forwards made."""
+        inputs = _joined(decoder, fed)
+        layer = _first(cache_layers)
+        table = layer.whole_table().map(lambda entry: entry[:, :1, -inputs.shape[1] :])
+        valid = table.valid[:, 0].expand(inputs.shape[0], -1)
+        upcoming = layer.upcoming_positions()
+        if upcoming is None:
+            upcoming = torch.full((1, 1), layer.seen, device=inputs.device)
+        return cls(
+            decoder,
+            cache_layers,
+            inputs,
+            table,
+            next_positions=upcoming.long().expand(table.positions.shape[0], inputs.shape[0]),
+            order=(~valid).to(torch.uint8).argsort(dim=-1, stable=True),
+            lengths=valid.sum(dim=-1),
+        )
+
+    def chunks(self, repeat: Repeat) -> Iterator[Chunk]:
+        """Yield the chunks, those of a row the same in any batch."""
+        for start in range(0, int(self.lengths.max()), repeat.chunk):
+            first = max(0, start - repeat.overlap)
+            places = torch.arange(first, min(start + repeat.chunk, self.order.shape[1]), device=self.order.device)
+            more = self.lengths[:, None] > start  # a row that has ended is not repeated for its overlap
+            chunk = self._chunk(self.order[:, places], (places < self.lengths[:, None]) & more)
+            yield self._instructed(chunk, repeat.instruction) if repeat.instruction else chunk
+
+    def _chunk(self, index: Tensor, valid: Tensor) -> Chunk:
+        wide = index if self.inputs.dim() == 2 else index[..., None].expand(-1, -1, self.inputs.shape[2])
+        positions = torch.stack([axis[:, 0].expand_as(self.order).gather(1, index) for axis in self.table.positions])
+        positions = positions.long()
+        first = positions.masked_fill(~valid, torch.iinfo(torch.int64).max).amin(dim=(0, 2))  # (batch,)
+        shifted = positions - first[:, None] + self.next_positions[..., None]
+        modality = self.table.modality[:, 0].expand_as(self.order).gather(1, index)
+        return Chunk(self.inputs.gather(1, wide), shifted.masked_fill(~valid, 0), valid, modality)
+
+    def _instructed(self, chunk: Chunk, instruction: tuple[int, ...]) -> Chunk:
+        """Return the chunk behind an instruction, which is text."""
+        batch, count = chunk.valid.shape[0], len(instruction)
+        ids = torch.tensor(instruction, device=chunk.valid.device).expand(batch, -1)
+        before = self.next_positions[..., None] + torch.arange(count, device=ids.device)
+        asked = chunk.valid.any(dim=-1, keepdim=True).expand(-1, count)
+        return Chunk(
+            torch.cat([ids if chunk.inputs.dim() == 2 else _embedded(self.decoder, ids), chunk.inputs], dim=1),
+            torch.cat([before, chunk.positions + count], dim=2),
+            torch.cat([asked, chunk.valid], dim=1),
+            torch.cat([torch.zeros_like(ids, dtype=torch.int8), chunk.modality], dim=1),
+        )
+
+    def feed(self, chunk: Chunk, observations: Mapping[int, Sequence[Observation]]) -> None:
+        """Run the text model on one chunk, and join what is observed with what the layers know of the others."""
+        probes = {
+            number: ProbeLayer(layer, chunk, observations.get(number, ()))
+            for number, layer in enumerate(self.cache_layers)
+            if isinstance(layer, CompressedCacheLayer)
+        }
+        others = [probes.get(number) or copy.deepcopy(layer) for number, layer in enumerate(self.cache_layers)]
+        positions = chunk.positions if len(chunk.positions) > 1 else chunk.positions[0]
+        self.decoder(
+            **{"input_ids" if chunk.inputs.dim() == 2 else "inputs_embeds": chunk.inputs},
+            attention_mask=self._mask(chunk),
+            position_ids=positions,
+            past_key_values=Cache(layers=others),
+            use_cache=True,
+        )
+        for number in observations:
+            layer = probes[number].layer
+            for observation, now in probes[number].seen.items():
+                before = layer.repeated.get(observation)
+                joined = now if before is None else observation.join(before, now)
+                layer.repeated = {**layer.repeated, observation: joined}
+
+    def _mask(self, chunk: Chunk) -> Tensor:
+        """Return the padding mask over the columns of the cache and of the chunk, `(batch, columns)` int64."""
+        layer = _first(self.cache_layers)
+        batch = chunk.valid.shape[0]
+        before = chunk.valid.new_ones(batch, layer.seen)
+        if not layer.trimmed:  # else the slots of each layer know which of them are filled
+            before = layer.whole_table().valid[:, 0].expand(batch, -1)
+        return torch.cat([before, chunk.valid], dim=1).long()
+
+
+def _joined(decoder: Any, fed: Sequence[Tensor]) -> Tensor:
+    """Return the tokens of several forwards as one, as embeddings where any of them were."""
+    if any(tokens.dim() != fed[0].dim() for tokens in fed):
+        fed = [_embedded(decoder, tokens) if tokens.dim() == 2 else tokens for tokens in fed]
+    return torch.cat(list(fed), dim=1) if len(fed) > 1 else fed[0]
+
+
+def _embedded(decoder: Any, ids: Tensor) -> Tensor:
+    embedded: Tensor = decoder.get_input_embeddings()(ids)
+    return embedded
+
+
+def _first(cache_layers: Sequence[Any]) -> CompressedCacheLayer:
+    return next(layer for layer in cache_layers if isinstance(layer, CompressedCacheLayer))
+
+
+class ProbeLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """A layer of the cache as a second pass sees it: `update()` returns old and new keys and stores nothing.
+
+    Args:
+        layer: whose slots are attended to.
+        chunk: what is fed.
+        observations: statistics of its attention to the slots.
+    """
+
+    def __init__(self, layer: CompressedCacheLayer, chunk: Chunk, observations: Sequence[Observation]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.layer = layer
+        self.observations = observations
+        batch, tokens = chunk.valid.shape
+        self.arrived = tokens
+        self.modality = chunk.modality
+        self.valid = None if bool(chunk.valid.all()) else chunk.valid
+        self.table = layer.whole_table()
+        if layer.alive is not None:
+            self.table = self.table.masked(self.table.valid & layer.alive)
+        self.slots = self.table.slots
+        new = new_tokens(
+            (batch, self.table.indices.shape[1], tokens),
+            layer.seen,
+            layer.tokens,
+            device=chunk.valid.device,
+            valid=self.valid,
+            modality=self.modality,
+        )
+        self.table = self.table.extend(new)
+        self.seen: dict[Observation, Tensor] = {}
+        self._keys: Tensor | None = None  # of slots and chunk, until attention has run
+
+    def get_seq_length(self) -> int:
+        """Return the number of columns before the chunk."""
+        return self.layer.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the width of the mask over columns, and offset 0."""
+        return self.layer.seen + query_length, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the slots, then of the chunk."""
+        keys, values = self.layer.storage.read()
+        self._keys = torch.cat([keys, key_states], dim=2)
+        joined = self._keys[:]  # a fresh view, as in CompressedCacheLayer.update
+        setattr(joined, LAYER_ATTRIBUTE, self)
+        return joined, torch.cat([values, value_states], dim=2)
+
+    def packed(self, base: str, query: Tensor, mask: Tensor | None) -> None:
+        """Return None: the chunk's keys lie behind a copy of the slots."""
+
+    def unpacked(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `update` returned."""
+        return keys, values
+
+    def slot_mask(self, mask: Tensor | None, queries: Tensor) -> Tensor | None:
+        """Return the mask over slots and chunk, given transformers' mask over columns."""
+        if not self.layer.trimmed and self.layer.alive is None:
+            return mask
+        group = queries.shape[1] // self.table.indices.shape[1]
+        slot_mask = over_slots(mask, self.table, self.arrived, self.layer.seen, group)
+        if not self.layer.request.strategy.mass_preserving:
+            return slot_mask
+        return with_mass(slot_mask, self.table.counts, group, queries.dtype)
+
+    def attended(
+        self, module: nn.Module, queries: Tensor, mask: Tensor | None, slot_mask: Tensor | None, logits: Logits
+    ) -> None:
+        """Take the statistics of the chunk's attention, of which those of the slots count."""
+        columns = torch.arange(self.layer.seen, self.layer.seen + self.arrived, device=queries.device)
+        forward = Forward(queries, slot_mask, columns, self.valid, self.modality, logits)
+        assert self._keys is not None
+        seen = observe_forwards((forward,), self._keys, self.table, self.observations)
+        self._keys = None
+        self.seen = {observation: result[..., : self.slots] for observation, result in seen.items()}

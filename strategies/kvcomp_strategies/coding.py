@@ -1,0 +1,250 @@
+"""A storage that holds slots in coded pieces; how they are coded is the store's business."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kvcomp.core.interfaces import SlotStorage
+from kvcomp.core.types import Guide, SlotForm
+from kvcomp_strategies.pieces import Piece, Plain, extended, flat, grown, held, mapped, owned, read_all, tensors
+
+ANEW = "what it holds would be coded anew each time, and each time with another error"
+
+
+@held
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Heads that hold the same number of slots, in the same way: a rectangle, so that nothing is padded.
+
+    Attributes:
+        heads: `(count,)` int64 on the CPU, ascending, places in batch x kv_heads.
+        keys, values: of their slots, `(count, slots, dim)` when read.
+        replaced: slots since the last `replace`; what follows was appended.
+        setting: how the store codes them; None for as they are.
+    """
+
+    heads: Tensor
+    keys: tuple[Piece, ...]
+    values: tuple[Piece, ...]
+    replaced: int
+    setting: Any = None
+
+    @property
+    def plain(self) -> tuple[int, int]:
+        """Return how many keys and values at the end are held as they are."""
+        last = self.keys[-1], self.values[-1]
+        keys, values = (piece.tokens if isinstance(piece, Plain) else 0 for piece in last)
+        return keys, values
+
+
+@held
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """Everything that a storage holds: replaced when it changes, so that it is its own snapshot.
+
+    Attributes:
+        runs: the heads by length and setting.
+        batch, kv_heads: how many there are.
+        replaced: slots of the longest head at the last `replace`.
+        appended: slots since.
+    """
+
+    runs: tuple[Run, ...] = ()
+    batch: int = 0
+    kv_heads: int = 0
+    replaced: int = 0
+    appended: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """Some heads that are about to be coded: keys, values `(count, slots, dim)`, importance `(count, slots)`.
+
+    `extra` holds what a store asked for in `extras`, `(count, ...)`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    importance: Tensor | None = None
+    extra: Tensor | None = None
+
+
+class Coder(Protocol):
+    """What a storage asks of its store."""
+
+    def setting(self, slots: int, limit: int | None, form: SlotForm) -> Hashable:
+        """Return how a head of so many slots is coded in so many bytes; without a limit, as the store is set."""
+
+    def extras(self, guide: Guide) -> Tensor | None:
+        """Return what coding needs of the guide's observations, `(batch, kv_heads, ...)`."""
+
+    def encode(self, heads: Heads, setting: Any) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
+        """Return the pieces of keys and of values."""
+
+    def settle(self, run: Run) -> Run:
+        """Return the run with what is no longer recent coded."""
+
+
+class CodedStorage(SlotStorage):
+    """Slots in runs of heads that are alike. Until the first `replace` everything is held as it comes.
+
+    What is appended stays as it is until the next append: the attention of the step that brings it sees it exactly.
+    No room is taken in advance: codes grow by whole blocks.
+    """
+
+    def __init__(self, coder: Coder) -> None:
+        self._coder = coder
+        self._slots = Slots()
+        self._settings: tuple[Any, ...] = ()  # of each head, once something was compressed
+
+    def replace(self, keys: Tensor, values: Tensor, mask: Tensor | None = None, guide: Guide | None = None) -> None:
+        """Hold these slots, coded as the guide's bytes ask for, or as they were where there is no guide."""
+        batch, kv_heads, slots, _ = keys.shape
+        lengths = [slots] * (batch * kv_heads) if mask is None else mask.sum(dim=-1).flatten().tolist()
+        form = SlotForm(1, 1, keys.shape[-1], values.shape[-1], keys.element_size())
+        self._settings = self._decide(lengths, guide, form)
+        alike: dict[tuple[int, Any], list[int]] = defaultdict(list)
+        for head, key in enumerate(zip(lengths, self._settings, strict=True)):
+            alike[key].append(head)
+        source = Heads(
+            keys.flatten(0, 1),
+            values.flatten(0, 1),
+            None if guide is None else guide.importance.flatten(0, 1),
+            self._extra(guide),
+        )
+        runs = [self._run(source, torch.tensor(heads), length, how) for (length, how), heads in alike.items()]
+        self._slots = Slots(tuple(runs), batch, kv_heads, slots)
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add slots at the end as they are, after what is no longer recent was coded."""
+        batch, kv_heads, new, _ = keys.shape
+        if not self._slots.runs:
+            run = Run(torch.arange(batch * kv_heads), (), (), 0)
+            self._slots = Slots((run,), batch, kv_heads)
+        added = [self._added(run, keys.flatten(0, 1), values.flatten(0, 1)) for run in self._slots.runs]
+        self._slots = replace(self._slots, runs=tuple(added), appended=self._slots.appended + new)
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Return what the codes stand for, and what is held as it is."""
+        runs = self._slots.runs
+        keys = self._laid_out([read_all(run.keys) for run in runs])
+        return keys, self._laid_out([read_all(run.values) for run in runs])
+
+    def select(self, rows: Tensor) -> None:
+        """Hold these rows, their codes unchanged."""
+        held = self._slots
+        places = (rows.cpu()[:, None] * held.kv_heads + torch.arange(held.kv_heads)).flatten()
+        runs = [taken for run in held.runs if (taken := _taken(run, places)) is not None]
+        self._slots = replace(held, runs=tuple(runs), batch=len(rows))
+        if self._settings:
+            self._settings = tuple(self._settings[place] for place in places.tolist())
+
+    def move(self, device: torch.device) -> None:
+        """Hold everything on a device; head numbers stay on the CPU."""
+        runs = [
+            replace(run, keys=keys, values=values)
+            for run in self._slots.runs
+            for keys, values in [mapped((run.keys, run.values), lambda tensor: tensor.to(device))]
+        ]
+        self._slots = replace(self._slots, runs=tuple(runs))
+
+    def nbytes(self) -> int:
+        """Return the bytes of all codes, scales, zeros, corrections, outliers, and of what is held as it is."""
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for run in self._slots.runs
+            for tensor in tensors((run.keys, run.values))
+        }
+        return sum(storages.values())
+
+    def filled_nbytes(self, slots: int, slot_bytes: int) -> int:
+        """Return all bytes: nothing is padded and no room is taken."""
+        return self.nbytes()
+
+    def dump(self) -> tuple[dict[str, Tensor], Any]:
+        """Return the codes and everything else as they are."""
+        found: dict[str, Tensor] = {}
+        return found, flat((self._slots, self._settings), found)
+
+    def load(self, tensors: Mapping[str, Tensor], data: Any) -> None:
+        """Hold what was dumped."""
+        self._slots, self._settings = grown(data, tensors)
+        runs = [replace(run, heads=run.heads.cpu()) for run in self._slots.runs]
+        self._slots = replace(self._slots, runs=tuple(runs))
+
+    def snapshot(self) -> tuple[Slots, tuple[Any, ...]]:
+        """Return what is held, which never changes."""
+        return self._slots, self._settings
+
+    def restore(self, snapshot: tuple[Slots, tuple[Any, ...]]) -> None:
+        """Hold what a snapshot holds."""
+        self._slots, self._settings = snapshot
+
+    def _decide(self, lengths: list[int], guide: Guide | None, form: SlotForm) -> tuple[Any, ...]:
+        if guide is not None:
+            limits = guide.limit.flatten().tolist()
+            return tuple(self._coder.setting(n, limit, form) for n, limit in zip(lengths, limits, strict=True))
+        if len(self._settings) == len(lengths):
+            return self._settings
+        return tuple(self._coder.setting(length, None, form) for length in lengths)
+
+    def _extra(self, guide: Guide | None) -> Tensor | None:
+        extra = None if guide is None else self._coder.extras(guide)
+        return None if extra is None else extra.flatten(0, 1)
+
+    def _run(self, source: Heads, heads: Tensor, length: int, setting: Any) -> Run:
+        chosen = _picked(source, heads, length)
+        if setting is None or length == 0:
+            keys: tuple[Piece, ...] = (Plain(owned(chosen.keys)),)
+            return Run(heads, keys, (Plain(owned(chosen.values)),), length, setting)
+        return Run(heads, *self._coder.encode(chosen, setting), length, setting)
+
+    def _added(self, run: Run, keys: Tensor, values: Tensor) -> Run:
+        run = run if run.setting is None else self._coder.settle(run)
+        keys, values = (_heads(numbers, run.heads) for numbers in (keys, values))
+        return replace(run, keys=extended(run.keys, keys), values=extended(run.values, values))
+
+    def _laid_out(self, parts: list[Tensor]) -> Tensor:
+        """Return the slots of all runs on one axis, `(batch, kv_heads, slots, dim)`, zeros where a head has none."""
+        held = self._slots
+        shape = (held.batch, held.kv_heads, held.replaced + held.appended, parts[0].shape[-1])
+        if len(parts) == 1 and held.runs[0].replaced == held.replaced:
+            return parts[0].view(shape)
+        slots = parts[0].new_zeros(shape).flatten(0, 1)
+        for run, part in zip(held.runs, parts, strict=True):
+            heads = run.heads.to(slots.device)
+            slots[heads, : run.replaced] = part[:, : run.replaced]
+            slots[heads, held.replaced :] = part[:, run.replaced :]
+        return slots.view(shape)
+
+
+def _picked(source: Heads, heads: Tensor, length: int) -> Heads:
+    """Return these heads, and of each the first `length` slots."""
+    importance = source.importance
+    return Heads(
+        _heads(source.keys, heads)[:, :length],
+        _heads(source.values, heads)[:, :length],
+        None if importance is None else _heads(importance, heads)[:, :length],
+        None if source.extra is None else _heads(source.extra, heads),
+    )
+
+
+def _heads(numbers: Tensor, heads: Tensor) -> Tensor:
+    """Return these heads; all of them without a copy."""
+    return numbers if len(heads) == len(numbers) else numbers[heads.to(numbers.device)]
+
+
+def _taken(run: Run, places: Tensor) -> Run | None:
+    """Return the run with the heads that stand at these old places, `(new heads,)`, at their new ones."""
+    new = torch.isin(places, run.heads).nonzero()[:, 0]
+    if not len(new):
+        return None
+    index = torch.searchsorted(run.heads, places[new])
+    keys, values = mapped((run.keys, run.values), lambda tensor: tensor.index_select(0, index.to(tensor.device)))
+    return replace(run, heads=new, keys=keys, values=values)

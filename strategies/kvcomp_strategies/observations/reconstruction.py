@@ -1,0 +1,53 @@
+"""The largest attention that each token receives while the context is fed once more."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+from torch import Tensor
+
+from kvcomp.core.interfaces import Observation
+from kvcomp.core.types import AttentionBlock, Repeat
+
+
+def _as_tuple(ids: Any) -> Any:
+    return tuple(ids) if isinstance(ids, list) else ids
+
+
+TokenIds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_as_tuple)]
+"""Token ids of a model's own tokenizer; a list in a file."""
+
+
+class LargestReceived(Observation, use="reconstruction"):
+    """Largest attention probability that each token receives from the rows of a second pass, `(batch, heads, tokens)`
+    float32: KVzip's context reconstruction (arXiv:2505.23416; snu-mllab/KVzip, `attention/score.py`).
+
+    Carried: a slot keeps the largest of all turns. Deviations are listed at the scorer `reconstruction`.
+
+    Attributes:
+        chunk: tokens that are fed at a time; each chunk attends to the whole context and to itself.
+        overlap: tokens before each later chunk that are fed with it, so that its first token is preceded by what
+            precedes it in the context.
+        instruction: token ids fed before each chunk, such as those of "Repeat the previous context:".
+    """
+
+    carried = True
+    prefill_only = "the context would have to be fed again"
+
+    chunk: int = Field(default=2048, ge=1)
+    overlap: int = Field(default=8, ge=0)
+    instruction: TokenIds = ()
+
+    def repeat(self) -> Repeat:
+        """Return how the context is fed once more."""
+        return Repeat(self.chunk, self.overlap, self.instruction)
+
+    def update(self, state: Tensor | None, block: AttentionBlock) -> Tensor:
+        """Return the largest so far."""
+        largest = block.probs.amax(dim=2)
+        return largest if state is None else state.maximum(largest)
+
+    def join(self, before: Tensor, now: Tensor) -> Tensor:
+        """Return the larger."""
+        return before.maximum(now)

@@ -1,0 +1,284 @@
+"""Runs of tokens held in few bytes. A piece is never changed: what changes is which pieces a storage holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from kvcomp_strategies.quantization import (
+    CHANNELS,
+    TOKENS,
+    Outliers,
+    Quantized,
+    dequantize,
+    finite,
+    low_rank,
+    outlier_pairs,
+    pack,
+    place_dtype,
+    quantize,
+    row_bytes,
+    split_outliers,
+    unpack,
+)
+
+Tree = TypeVar("Tree")
+
+
+HELD: dict[str, type] = {}  # what a file may hold, by name
+
+
+def held(kind: type[Tree]) -> type[Tree]:
+    """Let `flat` and `grown` write and read a dataclass."""
+    HELD[kind.__name__] = kind
+    return kind
+
+
+class Piece(ABC):
+    """Consecutive tokens of some heads; every tensor of it has the heads as its first axis."""
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """Return the number of tokens."""
+
+    @abstractmethod
+    def read(self) -> Tensor:
+        """Return `(heads, tokens, dim)` in the dtype that came in."""
+
+
+@held
+@dataclass(frozen=True, eq=False)
+class Plain(Piece):
+    """Tokens as they came, `(heads, tokens, dim)`."""
+
+    numbers: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Return the number of tokens."""
+        return self.numbers.shape[1]
+
+    def read(self) -> Tensor:
+        """Return the tokens themselves."""
+        return self.numbers
+
+
+@dataclass(frozen=True)
+class Code:
+    """How numbers are coded.
+
+    Attributes:
+        bits: of one code.
+        group: numbers that share a scale.
+        axis: along which they do, `TOKENS` or `CHANNELS`.
+        rank: of the correction of the error, 0 for none.
+        outliers: share of each vector that is kept as it is.
+    """
+
+    bits: int
+    group: int
+    axis: int
+    rank: int = 0
+    outliers: float = 0.0
+
+    def nbytes(self, tokens: Tensor, dim: int, itemsize: int) -> Tensor:
+        """Return the bytes of one head's tokens, of the shape of `tokens` (int64)."""
+        groups = -(-tokens // self.group) * dim if self.axis == TOKENS else tokens * -(-dim // self.group)
+        rank = tokens.clamp(max=min(self.rank, dim))
+        total = tokens * row_bytes(dim, self.bits) + groups * 2 * itemsize + rank * (tokens + dim) * itemsize
+        if self.axis == TOKENS:
+            kept = (tokens.double() * self.outliers / 2).long() * 2 * dim  # as `outlier_pairs` counts
+            return total + kept * (itemsize + place_dtype(1, TOKENS).itemsize)
+        return total + tokens * outlier_pairs(dim, self.outliers) * 2 * (itemsize + place_dtype(dim, CHANNELS).itemsize)
+
+
+@held
+@dataclass(frozen=True, eq=False)
+class Coded(Piece):
+    """Quantized tokens, with the outliers and the low-rank correction of GEAR where there are any.
+
+    `left` `(heads, tokens, rank)` and `right` `(heads, rank, dim)` multiply to the correction; `balance`
+    `(heads, 1, dim)` float32 divides what was read.
+    """
+
+    quantized: Quantized
+    outliers: Outliers | None = None
+    left: Tensor | None = None
+    right: Tensor | None = None
+    balance: Tensor | None = None
+
+    @classmethod
+    def of(cls, numbers: Tensor, code: Code, balance: Tensor | None = None) -> Coded:
+        """Return the code of `(heads, tokens, dim)`, multiplied by the balance before it is quantized."""
+        dtype = numbers.dtype
+        numbers = numbers if balance is None else finite(numbers.float() * balance, dtype)
+        inner, outliers = split_outliers(numbers, code.outliers, code.axis)
+        piece = cls(quantize(inner, code.bits, code.group, code.axis), outliers)
+        if code.rank:
+            left, right = low_rank(numbers.float() - piece.approximation(), code.rank)
+            piece = dataclasses.replace(piece, left=finite(left, dtype), right=finite(right, dtype))
+        return mapped(dataclasses.replace(piece, balance=balance), owned)
+
+    @property
+    def tokens(self) -> int:
+        """Return the number of tokens."""
+        return self.quantized.codes.shape[1]
+
+    def approximation(self) -> Tensor:
+        """Return the balanced numbers in float32; outliers are exact."""
+        numbers = dequantize(self.quantized)
+        if self.left is not None and self.right is not None:
+            numbers = numbers + self.left.float() @ self.right.float()
+        return numbers if self.outliers is None else self.outliers.put_back(numbers)
+
+    def read(self) -> Tensor:
+        """Return the numbers that the codes stand for."""
+        numbers = self.approximation()
+        return finite(numbers if self.balance is None else numbers / self.balance, self.quantized.scale.dtype)
+
+    def joined(self, other: Piece) -> Coded | None:
+        """Return both as one piece, None where that would change the groups or what the pieces share."""
+        if not isinstance(other, Coded) or other.balance is not self.balance:
+            return None
+        one, two = self.quantized, other.quantized
+        extras = (self.outliers, self.left, other.outliers, other.left)
+        if any(extra is not None for extra in extras) or one.bits != two.bits:
+            return None
+        if one.axis == TOKENS and self.tokens % one.group:
+            return None
+        pairs = ((one.codes, two.codes), (one.scale, two.scale), (one.zero, two.zero))
+        codes, scale, zero = (torch.cat(pair, dim=1) for pair in pairs)
+        return dataclasses.replace(self, quantized=dataclasses.replace(one, codes=codes, scale=scale, zero=zero))
+
+
+@held
+@dataclass(frozen=True, eq=False)
+class Tiered(Piece):
+    """Tokens of which some are held precisely and the others are not.
+
+    Attributes:
+        high, low: the two kinds, each in the order of the tokens.
+        tier: `(heads, ceil(tokens / 8))` uint8, a packed bit per token, 1 where it is high.
+    """
+
+    high: Piece
+    low: Piece
+    tier: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Return the number of tokens."""
+        return self.high.tokens + self.low.tokens
+
+    def read(self) -> Tensor:
+        """Return the tokens of both kinds in their order."""
+        numbers = torch.cat([self.high.read(), self.low.read()], dim=1)
+        order = high_first(unpack(self.tier, 1, self.tokens))
+        return torch.empty_like(numbers).scatter_(1, order[..., None].expand_as(numbers), numbers)
+
+
+def high_first(tier: Tensor) -> Tensor:
+    """Return `(heads, tokens)` int64: the places of the high tokens, then those of the low ones, each ascending."""
+    return (1 - tier).argsort(dim=-1, stable=True)
+
+
+def packed_tier(tier: Tensor) -> Tensor:
+    """Return `(heads, tokens)` bool as packed bits."""
+    return pack(tier.to(torch.uint8), 1)
+
+
+def cut(pieces: tuple[Piece, ...], count: int, encode: Callable[[Tensor], Piece]) -> tuple[Piece, ...]:
+    """Return the pieces with the first `count` tokens of the plain one at their end encoded, joined where possible."""
+    *before, last = pieces
+    assert isinstance(last, Plain)
+    piece = encode(last.numbers[:, :count])
+    joined = before[-1].joined(piece) if before and isinstance(before[-1], Coded) else None
+    before = [*before, piece] if joined is None else [*before[:-1], joined]
+    return (*before, Plain(last.numbers[:, count:].clone()))
+
+
+def extended(pieces: tuple[Piece, ...], numbers: Tensor) -> tuple[Piece, ...]:
+    """Return the pieces with more tokens, `(heads, tokens, dim)`, as they are."""
+    if pieces and isinstance(last := pieces[-1], Plain):
+        return (*pieces[:-1], Plain(torch.cat([last.numbers, numbers], dim=1)))
+    return (*pieces, Plain(owned(numbers)))
+
+
+def read_all(pieces: tuple[Piece, ...]) -> Tensor:
+    """Return all tokens, `(heads, tokens, dim)`."""
+    parts = [piece.read() for piece in pieces]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """Yield every tensor in dataclasses and tuples, at any depth."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, tuple):
+        for item in tree:
+            yield from tensors(item)
+    elif dataclasses.is_dataclass(tree):
+        for field in dataclasses.fields(tree):
+            yield from tensors(getattr(tree, field.name))
+
+
+def mapped(tree: Tree, change: Callable[[Tensor], Tensor], memo: dict[int, Tensor] | None = None) -> Tree:
+    """Return dataclasses and tuples with every tensor changed; one that stands in two places is changed once."""
+    memo = {} if memo is None else memo
+    result: Any = tree
+    if isinstance(tree, Tensor):
+        if id(tree) not in memo:
+            memo[id(tree)] = change(tree)
+        result = memo[id(tree)]
+    elif isinstance(tree, tuple):
+        result = tuple(mapped(item, change, memo) for item in tree)
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        names = [field.name for field in dataclasses.fields(tree)]
+        result = dataclasses.replace(tree, **{name: mapped(getattr(tree, name), change, memo) for name in names})
+    return result  # type: ignore[no-any-return]
+
+
+def flat(tree: Any, found: dict[str, Tensor]) -> Any:
+    """Return dataclasses and tuples as data that JSON can hold; tensors go to `found` under the names that stand there.
+
+    >>> flat(Plain(torch.zeros(1, 2, 3)), {})
+    {'is': 'Plain', 'numbers': {'tensor': 'code.0'}}
+    """
+    if isinstance(tree, Tensor):
+        names = [name for name, tensor in found.items() if tensor is tree] or [f"code.{len(found)}"]
+        found[names[0]] = tree
+        return {"tensor": names[0]}
+    if isinstance(tree, tuple):
+        return [flat(item, found) for item in tree]
+    if dataclasses.is_dataclass(tree):
+        fields = {field.name: flat(getattr(tree, field.name), found) for field in dataclasses.fields(tree)}
+        return {"is": type(tree).__name__} | fields
+    return tree
+
+
+def grown(data: Any, found: Mapping[str, Tensor]) -> Any:
+    """Return what `flat` was given."""
+    if isinstance(data, list):
+        return tuple(grown(item, found) for item in data)
+    if not isinstance(data, dict):
+        return data
+    if "tensor" in data:
+        return found[data["tensor"]]
+    return HELD[data["is"]](**{name: grown(value, found) for name, value in data.items() if name != "is"})
+
+
+def owned(tensor: Tensor) -> Tensor:
+    """Return the tensor itself where its storage holds nothing else, else a contiguous copy."""
+    alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
+
+
+held(Quantized)
+held(Outliers)
