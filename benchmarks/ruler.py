@@ -29,8 +29,8 @@ from kvcomp.core.registry import registry
 from kvcomp.core.strategy import Strategy
 from kvcomp.lab.batches import Batch, QueryMode
 from kvcomp.lab.controls import Method, find_method
-from kvcomp.lab.evaluation import Evaluation
-from kvcomp.lab.statistics import wilson
+from kvcomp.lab.evaluation import Evaluation, TaskResult
+from kvcomp.lab.statistics import mean, wilson
 from kvcomp.lab.tasks import Task
 from kvcomp.lab.testbed import LoadedTestbed, load_testbed
 
@@ -101,22 +101,25 @@ def measure(bed: LoadedTestbed, planned: Iterable[Cell], samples: int, seed: int
 
 def measured(bed: LoadedTestbed, task: Task, cell: Cell, samples: int, split: str) -> dict[str, Any]:
     """Return what a cell gave, or the smallest budget that its method takes."""
+    evaluation = Evaluation(
+        bed,
+        NoImages(find_method(NO_IMAGES).strategy) if cell.method == "no-images" else found(cell),
+        samples=samples,
+        split=split,
+        mode=QueryMode(cell.mode),
+        batch=1 if cell.method == "no-images" else 30,
+    )
     try:
-        result = Evaluation(
-            bed,
-            NoImages(find_method(NO_IMAGES).strategy) if cell.method == "no-images" else found(cell),
-            samples=samples,
-            split=split,
-            mode=QueryMode(cell.mode),
-            batch=1 if cell.method == "no-images" else 30,
-        ).run(task)
+        outcomes = list(evaluation.outcomes(task))
     except BudgetError as error:
         return {"smallest": error.smallest}
+    result = TaskResult.of(task, outcomes)
     return {
         "samples": result.samples,
         "exact_match": round(result.exact_match, 4),
         "ci": [round(bound, 4) for bound in result.ci],
         "kv_bytes": round(result.kv_bytes),
+        "rho": [mean(layer) for layer in zip(*(seen.rho for seen in outcomes), strict=True)],
     }
 
 
@@ -147,6 +150,10 @@ def tables(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     for task in tasks:
         body = [shown(found.get(Cell(task, modes[0], *control))) for control in CONTROLS]
         yield f"| `{task}` | {' | '.join(body)} |"
+    yield "\nrho of each layer:\n"
+    for task in tasks:
+        row = found.get(Cell(task, modes[0], "flowmm", str(BUDGETS[-1])), {})
+        yield f"- `{task}`: {', '.join(f'{rho:.2f}' for rho in row.get('rho', ()))}"
     for mode in modes:
         for task in tasks:
             yield f"\n`{task}`, {mode.replace('_', ' ')}:\n"
