@@ -30,10 +30,10 @@ from kvcomp.core.interfaces import (
     Observation,
     PivotSelector,
     Scorer,
-    SlotStorage,
     Store,
 )
 from kvcomp.core.rotary import Rotary
+from kvcomp.core.storage import SlotStorage
 from kvcomp.core.strategy import Strategy
 from kvcomp.core.types import (
     Assignment,

@@ -16,6 +16,7 @@ from kvcomp.core.errors import InputError, UnsupportedModelError, UnsupportedUse
 from kvcomp.core.strategy import Strategy
 from kvcomp.core.types import LayerView, Scores
 from kvcomp.runtime.adapter import ModelAdapter
+from kvcomp.runtime.compression import LayerCompression
 from kvcomp.runtime.layer import CompressedCacheLayer
 from kvcomp.runtime.report import Report, report_layer, storage_bytes
 from kvcomp.runtime.rotary import RotaryColumns
@@ -70,7 +71,7 @@ class CompressedCache(Cache):
         self._modality: Tensor | None = None
         self._positions: Tensor | None = None
         self._noted = False  # whether the inputs of the forward under way are known
-        self._waiting: list[tuple[CompressedCacheLayer, LayerView, Scores]] = []
+        self._waiting: list[tuple[LayerCompression, LayerView, Scores]] = []
         self._repeats = any(observation.repeat() for observation in strategy.observations)
         self.fed: tuple[Tensor, ...] = ()  # what a second pass feeds again
         super().__init__(layers=[self.compressed_layers.get(number, layer) for number, layer in enumerate(stock)])
@@ -272,7 +273,7 @@ class CompressedCache(Cache):
         """Return modality and positions of the tokens of this forward, None where they are text at their columns."""
         return self._modality, self._positions
 
-    def compress_after(self, layer: CompressedCacheLayer) -> None:
+    def compress_after(self, layer: LayerCompression) -> None:
         """Compress a layer whose attention has run; with a model-wide allocator, all layers once the last one's has;
         with a second pass, when the text model's forward ends.
         """
@@ -281,7 +282,7 @@ class CompressedCache(Cache):
         else:
             self._compress(layer)
 
-    def _compress(self, layer: CompressedCacheLayer) -> None:
+    def _compress(self, layer: LayerCompression) -> None:
         prepared = layer.prepare()
         if self.strategy.allocator.scope == "layer":
             if prepared is not None:
@@ -292,7 +293,7 @@ class CompressedCache(Cache):
         if layer.number == layer.layers - 1 and self._waiting:
             self._trim_together()
 
-    def compress_decoded(self, layer: CompressedCacheLayer) -> None:
+    def compress_decoded(self, layer: LayerCompression) -> None:
         """Compress all layers again once the last one's attention has seen a decoded token, where the trigger says
         so: a budget is of all layers, which may share it unevenly.
         """

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kvcomp.core.interfaces import Observation, SlotStorage
+from kvcomp.core.interfaces import Observation
+from kvcomp.core.storage import SlotStorage
 from kvcomp.core.types import Pivots, SlotForm
 from kvcomp.runtime.decoding import QueryLog
 from kvcomp.runtime.rotary import RotaryColumns
@@ -22,11 +23,13 @@ class LayerState:
     """
 
     def __init__(self, storage: SlotStorage) -> None:
-        self.hold_nothing(storage)
-
-    def hold_nothing(self, storage: SlotStorage) -> None:
-        """Start anew, with an empty storage."""
         self.storage = storage
+        self._empty = storage.snapshot()
+        self.hold_nothing()
+
+    def hold_nothing(self) -> None:
+        """Forget everything."""
+        self.storage.restore(self._empty)
         self.is_initialized = False
         self.dtype, self.device = torch.float32, torch.device("cpu")  # until the first token says
         self.form = SlotForm(0, 0, 0, 0, 0)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kvcomp.core.interfaces import SlotStorage
+from kvcomp.core.storage import SlotStorage
 from kvcomp.core.types import Guide, SlotForm
 from kvcomp_strategies.pieces import Piece, Plain, extended, flat, grown, held, mapped, owned, read_all, tensors
 

@@ -26,6 +26,7 @@ RECIPES = (
 )
 MERGING = ("look-m", "look-m-mean", "look-m-weighted", "look-m-evict", "d2o", "meda", "kvmerge", "cam")
 RECONSTRUCTING = ("kvzip", "critical", "kvcomp-global", "kvcomp-global-merge")  # from the rows of the prompt itself
+EVICTING = ("tova", "recency", "key-norm", "keydiff", "pyramidkv", "ada-kv", "vl-cache", "prefixkv")
 LAYER, HIDDEN = 1, 10
 
 
@@ -65,7 +66,7 @@ def expected() -> dict[str, dict[str, list]]:
     import oracles
 
     table: dict[str, dict[str, list]] = {recipe: {budget: [] for budget in BUDGETS} for recipe in RECIPES}
-    table |= {recipe: {budget: [] for budget in BUDGETS} for recipe in (*MERGING, *RECONSTRUCTING)}
+    table |= {recipe: {budget: [] for budget in BUDGETS} for recipe in (*MERGING, *RECONSTRUCTING, *EVICTING)}
     for row in range(len(LENGTHS)):
         queries, keys, values, modality = prompt(row)
         attention = [oracles.softmax_attention(queries[h], keys[h // GROUP]) for h in range(len(queries))]
@@ -85,6 +86,8 @@ def expected() -> dict[str, dict[str, list]]:
                 table[recipe][budget].append(merging_row(recipe, groups, keys, values, modality, slots))
             for recipe in RECONSTRUCTING:
                 table[recipe][budget].append(reconstructing_row(recipe, groups, keys, values, slots))
+            for recipe in EVICTING:
+                table[recipe][budget].append(evicting_row(recipe, groups, keys, modality, slots))
     return table
 
 
@@ -139,6 +142,36 @@ def reconstructing_row(recipe, groups, keys, values, slots):  # type: ignore[no-
     edges = [[[one, oracles.nearest(one, kept[h], keys[h])] for one in goes[h]] for h in range(KV_HEADS)]
     edges = [[e for e in edges[h] if oracles.cosine(*keys[h][e]) >= 0.9] for h in range(KV_HEADS)]
     return [{"kept": kept[h], "edges": edges[h]} for h in range(KV_HEADS)]
+
+
+def evicting_row(recipe, groups, keys, modality, slots):  # type: ignore[no-untyped-def]
+    """What is kept of the heads of one row. One layer by itself has its own budget, however layers would share one."""
+    import oracles
+    import oracles_evict
+
+    tokens, everyone = len(modality), [head for group in groups for head in group]
+    window, sizes = list(range(tokens - min(32, slots // 2), tokens)), [slots] * KV_HEADS
+    pooling = {"pyramidkv": (5, "average"), "ada-kv": (7, "max")}
+    if recipe in pooling:
+        scores = [oracles_evict.window_votes(group, slots, 32, *pooling[recipe])[0] for group in groups]
+        if recipe == "ada-kv":
+            quotas, _ = oracles_evict.ada_quotas(scores, [window] * KV_HEADS, slots)
+            bins = [
+                oracles_evict.Bin(LAYER, head, quota, tokens, len(window), sum(scores[head]))
+                for head, quota in enumerate(quotas)
+            ]
+            sizes = oracles_evict.shares(bins, slots * KV_HEADS)
+        protected = window
+    elif recipe == "prefixkv":
+        scores, protected = [oracles.h2o_scores(everyone)] * KV_HEADS, sorted({*range(min(4, tokens)), tokens - 1})
+    elif recipe == "vl-cache":
+        scores = [oracles_evict.post_vision_scores(group, modality) for group in groups]
+        protected = list(range(tokens - slots // 10, tokens))
+    else:
+        of_head = {"key-norm": oracles_evict.key_norms, "keydiff": oracles_evict.key_differences}
+        same = oracles_evict.last_row(everyone) if recipe == "tova" else [float(place) for place in range(tokens)]
+        scores, protected = [of_head[recipe](head) if recipe in of_head else same for head in keys], []
+    return [{"kept": oracles_evict.keep(scores[h], protected, sizes[h])[0]} for h in range(KV_HEADS)]
 
 
 def one_head(recipe, attention, keys, values, modality, slots, rho, head):  # type: ignore[no-untyped-def]

@@ -21,7 +21,7 @@ def allotted(strategy: Strategy, model: Model) -> tuple[Tensor, list[Scores], Te
     """What the strategy's allocator gives, the scores that it saw, and the uniform share of each row."""
     views = model.views(strategy)
     tokens = views[0].valid.sum(dim=-1).amax(dim=-1)
-    share = strategy.slots(tokens, 1)
+    share = strategy.slots(tokens, views[0].form)
     scores = [strategy.scores(view, share) for view in views]
     return strategy.allocate(share, views, scores), scores, share
 

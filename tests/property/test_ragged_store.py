@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvcomp_strategies.stores.dense import Dense
 from kvcomp_strategies.stores.ragged import Ragged
 
-from kvcomp.core.interfaces import SlotStorage
+from kvcomp.core.storage import SlotStorage
 
 HEAD_DIM = 2
 MOST_SNAPSHOTS = 4

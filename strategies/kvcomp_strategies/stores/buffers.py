@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from kvcomp.core.interfaces import SlotStorage
+from kvcomp.core.storage import SlotStorage
 from kvcomp.core.types import Guide
 
 FEWEST_NEW = 16  # slots that a full buffer grows by at least

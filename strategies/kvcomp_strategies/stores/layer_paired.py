@@ -11,7 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kvcomp.core.interfaces import SlotStorage, Store
+from kvcomp.core.interfaces import Store
+from kvcomp.core.storage import SlotStorage
 from kvcomp.core.types import Guide, SlotForm
 from kvcomp_strategies.coding import ANEW, CodedStorage, Heads, Run
 from kvcomp_strategies.pairing import length, shared_direction

@@ -11,7 +11,7 @@ from kvcomp_strategies.pairing import shared_direction
 from kvcomp_strategies.stores.layer_paired import LayerPairedStore
 
 from kvcomp import Guide, SlotForm
-from kvcomp.core.interfaces import SlotStorage
+from kvcomp.core.storage import SlotStorage
 
 DIM, LAYERS = 8, 4
 FORM = SlotForm(LAYERS, 2, DIM, DIM, 4)
