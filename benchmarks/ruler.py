@@ -4,7 +4,11 @@ task measures at all.
     python benchmarks/ruler.py measure --out benchmark-output/ruler.jsonl --samples 60
     python benchmarks/ruler.py tables benchmark-output/ruler.jsonl
 
-`measure` goes on where an earlier run stopped; several may share the work, each with tasks and a file of its own.
+    python benchmarks/ruler.py measure --out benchmark-output/recipes.jsonl --samples 40 --methods all --budgets 0.2 0.1
+    python benchmarks/ruler.py recipes benchmark-output/recipes.jsonl
+
+`measure` asks the tasks that the model has learned. It goes on where an earlier run stopped; several may share the
+work, each with tasks and a file of its own. `recipes` is one table of all methods, the tasks together.
 """
 
 from __future__ import annotations
@@ -12,21 +16,23 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kvcomp.core.budget import Budget
+from kvcomp.core.errors import BudgetError
 from kvcomp.core.registry import registry
 from kvcomp.core.strategy import Strategy
 from kvcomp.lab.batches import Batch, QueryMode
 from kvcomp.lab.controls import Method, find_method
-from kvcomp.lab.evaluation import Evaluation
+from kvcomp.lab.evaluation import Evaluation, TaskResult
+from kvcomp.lab.statistics import mean, wilson
 from kvcomp.lab.tasks import Task
-from kvcomp.lab.testbed import load_testbed
+from kvcomp.lab.testbed import LoadedTestbed, load_testbed
 
 BUDGETS = (0.05, 0.1, 0.2, 0.4, 0.6)
 METHODS = ("random", "recency", "streaming-llm", "h2o", "snapkv", "flowmm", "kvcomp-global", "oracle")
@@ -63,12 +69,8 @@ class Cell:
     method: str
     budget: str
 
-    def key(self) -> tuple[str, ...]:
-        """Return what tells it from the others."""
-        return self.task, self.mode, self.method, self.budget
 
-
-def cells(tasks: Sequence[str]) -> Iterator[Cell]:
+def cells(tasks: Sequence[str], methods: Sequence[str], budgets: Sequence[float]) -> Iterator[Cell]:
     """Yield what is to be measured, the controls first."""
     modes = [mode.value for mode in QueryMode]
     for task in tasks:
@@ -78,48 +80,46 @@ def cells(tasks: Sequence[str]) -> Iterator[Cell]:
         yield Cell(task, modes[0], "no-context", "1.0")
         yield Cell(task, modes[0], "recency", "1t")
         yield Cell(task, modes[0], "recency", "32t")
-        for mode in modes:
-            for method in METHODS:
-                for budget in BUDGETS:
-                    yield Cell(task, mode, method, str(budget))
+    for budget in budgets:
+        for task in tasks:
+            for mode in modes:
+                yield from (Cell(task, mode, method, str(budget)) for method in methods)
 
 
-def measure(model: str, tasks: Sequence[str], samples: int, seed: int, out: Path) -> None:
+def measure(bed: LoadedTestbed, planned: Iterable[Cell], samples: int, seed: int, out: Path) -> None:
     """Append one line to `out` for every cell that it does not hold yet."""
-    bed = load_testbed(testbed_folder(model))
-    known = {entry.name: entry.value for entry in registry.entries("task")}
-    done = {Cell(*(row[name] for name in ("task", "mode", "method", "budget"))).key() for row in read([out])}
+    known = {entry.value.id: entry.value for entry in registry.entries("task") if entry.name.startswith("mini/")}
+    done = {Cell(*(row[name] for name in ("task", "mode", "method", "budget"))) for row in read([out])}
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a") as file, torch.inference_mode():
-        for cell in cells(tasks):
-            if cell.key() not in done:
-                row = measured(bed, known[f"mini/{cell.task}"], cell, samples, f"eval-{seed}")
+        for cell in planned:
+            if cell not in done:
+                row = asdict(cell) | measured(bed, known[cell.task], cell, samples, f"eval-{seed}")
                 file.write(json.dumps(row) + "\n")
                 file.flush()
 
 
-def measured(bed: Any, task: Task, cell: Cell, samples: int, split: str) -> dict[str, Any]:
-    """Return the row of one cell."""
-    method = NoImages(find_method(NO_IMAGES).strategy) if cell.method == "no-images" else found(cell)
+def measured(bed: LoadedTestbed, task: Task, cell: Cell, samples: int, split: str) -> dict[str, Any]:
+    """Return what a cell gave, or the smallest budget that its method takes."""
     evaluation = Evaluation(
         bed,
-        method,
+        NoImages(find_method(NO_IMAGES).strategy) if cell.method == "no-images" else found(cell),
         samples=samples,
         split=split,
         mode=QueryMode(cell.mode),
         batch=1 if cell.method == "no-images" else 30,
-        max_new_tokens=16,
     )
-    result = evaluation.run(task)
+    try:
+        outcomes = list(evaluation.outcomes(task))
+    except BudgetError as error:
+        return {"smallest": error.smallest}
+    result = TaskResult.of(task, outcomes)
     return {
-        "task": cell.task,
-        "mode": cell.mode,
-        "method": cell.method,
-        "budget": cell.budget,
         "samples": result.samples,
         "exact_match": round(result.exact_match, 4),
         "ci": [round(bound, 4) for bound in result.ci],
-        "slots": round(result.slots, 1),
+        "kv_bytes": round(result.kv_bytes),
+        "rho": [mean(layer) for layer in zip(*(seen.rho for seen in outcomes), strict=True)],
     }
 
 
@@ -143,28 +143,61 @@ def read(files: Sequence[Path]) -> list[dict[str, Any]]:
 
 def tables(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Yield Markdown: the controls, then for each mode and task the methods against the budgets."""
-    by_key = {Cell(row["task"], row["mode"], row["method"], row["budget"]).key(): row for row in rows}
+    found = {Cell(row["task"], row["mode"], row["method"], row["budget"]): row for row in rows}
     tasks, modes = list(dict.fromkeys(row["task"] for row in rows)), [mode.value for mode in QueryMode]
-
-    def shown(*key: str) -> str:
-        if (row := by_key.get(key)) is None:
-            return ""
-        low, high = row["ci"]
-        return f"{100 * row['exact_match']:.0f} ({100 * low:.0f}-{100 * high:.0f})"
-
-    yield "| task | full | no context | 1 slot | last 32 slots | without images | random at 0.2 |"
+    yield "| task | full | no context | 1 slot | last 32 slots | without images | random at 20% |"
     yield "|---|---|---|---|---|---|---|"
     for task in tasks:
-        body = [shown(task, modes[0], *control) for control in CONTROLS]
+        body = [shown(found.get(Cell(task, modes[0], *control))) for control in CONTROLS]
         yield f"| `{task}` | {' | '.join(body)} |"
+    yield "\nrho of each layer:\n"
+    for task in tasks:
+        row = found.get(Cell(task, modes[0], "flowmm", str(BUDGETS[-1])), {})
+        yield f"- `{task}`: {', '.join(f'{rho:.2f}' for rho in row.get('rho', ()))}"
     for mode in modes:
         for task in tasks:
-            yield f"\n`{task}`, {mode.replace('_', ' ')}: full cache {shown(task, mode, 'full', '1.0')}\n"
-            yield f"| method | {' | '.join(f'{float(budget):.0%}' for budget in BUDGETS)} |"
+            yield f"\n`{task}`, {mode.replace('_', ' ')}:\n"
+            yield f"| method | {' | '.join(f'{budget:.0%}' for budget in BUDGETS)} |"
             yield "|---" * (len(BUDGETS) + 1) + "|"
             for method in METHODS:
-                body = [shown(task, mode, method, str(budget)) for budget in BUDGETS]
+                body = [shown(found.get(Cell(task, mode, method, str(budget)))) for budget in BUDGETS]
                 yield f"| `{method}` | {' | '.join(body)} |"
+
+
+def recipes(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield one Markdown table: all methods at all budgets in both modes, the tasks together."""
+    modes = [mode.value for mode in QueryMode]
+    methods = sorted({row["method"] for row in rows if row["budget"] not in ("1.0", "1t", "32t", "text")})
+    budgets = sorted({row["budget"] for row in rows if row["method"] in methods and row["budget"][:2] == "0."})
+    columns = [(mode, budget) for mode in modes for budget in budgets]
+    heads = [f"{mode.removeprefix('question_')}, {float(budget):.0%}" for mode, budget in columns]
+    yield f"| method | {' | '.join(heads)} |"
+    yield "|---" * (len(columns) + 1) + "|"
+    for method in methods:
+        body = []
+        for mode, budget in columns:
+            chosen = [row for row in rows if (row["mode"], row["method"], row["budget"]) == (mode, method, budget)]
+            body.append(shown(pooled(chosen)))
+        yield f"| `{method}` | {' | '.join(body)} |"
+
+
+def pooled(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the answers of several tasks as one."""
+    if not rows or any("smallest" in row for row in rows):
+        return rows[0] if rows else None
+    samples = sum(row["samples"] for row in rows)
+    right = round(sum(row["exact_match"] * row["samples"] for row in rows))
+    return {"exact_match": right / samples, "ci": wilson(right, samples)}
+
+
+def shown(row: dict[str, Any] | None) -> str:
+    """Return exact match in per cent with its interval, or the budget from which on a method works."""
+    if row is None:
+        return ""
+    if "smallest" in row:
+        return f"from {100 * row['smallest']:.0f} %" if row["smallest"] else "refused"
+    low, high = row["ci"]
+    return f"{100 * row['exact_match']:.0f} ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def main() -> None:
@@ -173,20 +206,24 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("measure", help="answer samples and write one line per number")
     run.add_argument("--model", default="minimile-xs")
-    run.add_argument("--tasks", nargs="*", help="ids; all ten by default")
+    run.add_argument("--tasks", nargs="*", help="ids; by default those that the model has learned")
+    run.add_argument("--methods", nargs="*", default=METHODS, help="names; `all` for every recipe")
+    run.add_argument("--budgets", nargs="*", type=float, default=BUDGETS)
     run.add_argument("--samples", type=int, default=60)
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--out", type=Path, required=True)
-    show = commands.add_parser("tables", help="print Markdown tables of what was measured")
-    show.add_argument("files", nargs="+", type=Path)
+    for name in ("tables", "recipes"):
+        commands.add_parser(name).add_argument("files", nargs="+", type=Path)
     options = parser.parse_args()
-    if options.command == "tables":
-        print("\n".join(tables(read(options.files))))
+    if options.command != "measure":
+        print("\n".join({"tables": tables, "recipes": recipes}[options.command](read(options.files))))
         return
     torch.set_num_threads(1)
-    tasks = [entry.value for entry in registry.entries("task") if entry.name.startswith("mini/")]
-    ids = options.tasks or [task.id for task in tasks if not task.hard]
-    measure(options.model, ids, options.samples, options.seed, options.out)
+    bed = load_testbed(testbed_folder(options.model))
+    learned = [name for name, record in bed.records.items() if record.learned and not name.endswith("_hard")]
+    everything = [entry.name for entry in registry.entries("recipe") if entry.name != "full"]
+    methods = everything if options.methods == ["all"] else options.methods
+    measure(bed, cells(options.tasks or learned, methods, options.budgets), options.samples, options.seed, options.out)
 
 
 if __name__ == "__main__":

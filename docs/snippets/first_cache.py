@@ -9,7 +9,7 @@ folder = registry.find("testbed", "minimile-xs").value  # a small model that com
 model = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32")  # a CPU is at its best in float32
 processor = AutoProcessor.from_pretrained(folder)
 
-sample = registry.find("task", "mini/image-recall").value.sample("test", 2)
+sample = registry.find("task", "mini/recall").value.sample("test", 2)
 inputs = processor.apply_chat_template(
     [sample.messages()], tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
 )

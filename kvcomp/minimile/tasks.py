@@ -41,11 +41,13 @@ class MiniTask(Task):
         kinds: of the questions that a sample may ask; a story holds others too, which train the same skills.
         tokens: how long the context is at least, at the reference size.
         grid: whether the item that is asked for stands at each of ten depths in turn.
+        chance: how often a guess among the possible answers is right.
     """
 
     kinds: ClassVar[tuple[str, ...]]
     tokens: ClassVar[int] = 200
     grid: ClassVar[bool] = False
+    chance: ClassVar[float]
 
     @abstractmethod
     def compose(self, rng: Random, size: float, *, held_out: bool = False, depth: float | None = None) -> Story:
@@ -77,6 +79,7 @@ class TextNeedle(MiniTask):
 
     name = "mini/text_needle"
     kinds = ("number",)
+    chance = 1e-4
     grid = True
     facts: ClassVar[int] = 2
 
@@ -101,6 +104,7 @@ class ImageNeedle(MiniTask):
 
     name = "mini/image_needle"
     kinds = ("code",)
+    chance = 1e-4
     grid = True
     codes: ClassVar[int] = 1
 
@@ -131,6 +135,7 @@ class Recall(MiniTask):
 
     name = "mini/recall"
     kinds = ("colour", "shape")
+    chance = (1 / 8 + 1 / 4) / 2
 
     def compose(self, rng: Random, size: float, *, held_out: bool = False, depth: float | None = None) -> Story:
         """Return images with one shape each, filler."""
@@ -143,6 +148,7 @@ class RecallHard(MiniTask):
 
     name = "mini/recall_hard"
     kinds = ("colour inside", "shape inside")
+    chance = (1 / 8 + 1 / 4) / 2
 
     def compose(self, rng: Random, size: float, *, held_out: bool = False, depth: float | None = None) -> Story:
         """Return images with three shapes each, filler."""
@@ -166,6 +172,7 @@ class Retrieve(MiniTask):
 
     name = "mini/retrieve"
     kinds = ("name",)
+    chance = 1 / 16
 
     def compose(self, rng: Random, size: float, *, held_out: bool = False, depth: float | None = None) -> Story:
         """Return images of things that are all different, filler."""
@@ -184,6 +191,7 @@ class Order(MiniTask):
 
     name = "mini/order"
     kinds = ("after", "before")
+    chance = 1 / 29
 
     def compose(self, rng: Random, size: float, *, held_out: bool = False, depth: float | None = None) -> Story:
         """Return a row of images of things that are all different."""
@@ -205,6 +213,7 @@ class MMCoQA(MiniTask):
 
     name = "mini/mmcoqa"
     kinds = ("cell", "number", "colour")
+    chance = (1 / 10 + 1e-4 + 1 / 8) / 3
 
     def compose(self, rng: Random, size: float, *, held_out: bool = False, depth: float | None = None) -> Story:
         """Return images, tables and sentences in random order, then the earlier turns."""
@@ -268,6 +277,7 @@ class ClevrChange(Pairs):
 
     name = "mini/clevr_change"
     kinds, ask = ("change",), "change of"
+    chance = 1 / 29 * 1 / 8
 
     def pair(self, rng: Random, things: int, *, held_out: bool) -> Pair:
         """Return the two images and the change."""
@@ -294,6 +304,7 @@ class SpotDiff(Pairs):
 
     name = "mini/spot_diff"
     kinds, ask = ("difference",), "difference of"
+    chance = 1 / 29 * 1 / 4
 
     def pair(self, rng: Random, things: int, *, held_out: bool) -> Pair:
         """Return the two images and the differences."""
@@ -316,6 +327,7 @@ class IEdit(Pairs):
 
     name = "mini/iedit"
     kinds, ask = ("edit",), "edit of"
+    chance = 1 / 6 * 1 / 2
 
     def pair(self, rng: Random, things: int, *, held_out: bool) -> Pair:
         """Return the two images and the edit."""
@@ -341,24 +353,27 @@ class IEdit(Pairs):
         return Pair(images, said, (before, after))
 
 
-class Alfred(Pairs):
-    """Plan the steps of the agent, a white frame, to the goal, the horizontal one first."""
+class Alfred(MiniTask):
+    """Plan the steps of the agent, a white frame, to a goal in one of sixteen rooms, the horizontal one first."""
 
     name = "mini/alfred"
-    kinds, ask = ("plan",), "plan of"
-    pairs = 14
+    kinds = ("plan",)
+    chance = 1 / 8
 
-    def pair(self, rng: Random, things: int, *, held_out: bool) -> Pair:
-        """Return the goal and what the agent sees, and the plan."""
-        scene = _scene(rng, things, held_out=held_out)
-        agent = rng.choice([cell for cell in range(CELLS) if cell not in scene])
-        cell, goal = rng.choice(list(scene.items()))
-        steps = []
-        if cell % 2 != agent % 2:
-            steps.append("right" if cell % 2 else "left")
-        if cell // 2 != agent // 2:
-            steps.append("down" if cell // 2 else "up")
-        return Pair((str(goal), draw_walk(rng, agent, scene)), " ".join(steps), (scene,))
+    def compose(self, rng: Random, size: float, *, held_out: bool = False, depth: float | None = None) -> Story:
+        """Return rooms of three things and the agent, filler."""
+        items: list[Item] = []
+        questions: list[Question] = []
+        for number, name in enumerate(rng.sample(NAMES, _scaled(16, size))):
+            room = _scene(rng, 1 if size < 0.1 else 3, held_out=held_out and number == 0)
+            agent = rng.choice([cell for cell in range(CELLS) if cell not in room])
+            items.append((name, draw_walk(rng, agent, room)))
+            questions += [
+                Question("plan", "plan of", f"{thing} in {name}", _steps(agent, cell), (number,))
+                for cell, thing in room.items()
+            ]
+            questions += _captions(name, [room], number)
+        return _story(rng, items, questions, self.tokens * size, depth)
 
 
 TASKS: tuple[MiniTask, ...] = (
@@ -429,6 +444,16 @@ def _things(rng: Random, count: int, *, held_out: bool) -> list[Thing]:
     """Return things that are all different, with `held_out` one of `HELD_OUT` first."""
     things = rng.sample(THINGS, count)
     return [rng.choice(HELD_OUT), *things[1:]] if held_out else things
+
+
+def _steps(agent: int, goal: int) -> str:
+    """Return the steps from one cell to another, the horizontal one first."""
+    steps = []
+    if goal % 2 != agent % 2:
+        steps.append("right" if goal % 2 else "left")
+    if goal // 2 != agent // 2:
+        steps.append("down" if goal // 2 else "up")
+    return " ".join(steps)
 
 
 def _captions(name: str, scenes: Sequence[Mapping[int, Thing]], item: int) -> list[Question]:

@@ -54,3 +54,19 @@ def test_a_batch_padded_on_the_left_answers_as_one_sample_does(bed, task):
         for batch in (3, 1)
     )
     assert [seen.prediction for seen in together] == [seen.prediction for seen in alone]
+
+
+def lowest_share(bed, task, slots):
+    """Return the lower end of the interval of exact match where only the latest slots are kept."""
+    run = Evaluation(bed, find_method("recency", {"tokens": slots}), samples=60, split="integration", batch=30)
+    return run.run(task).ci[0]
+
+
+@pytest.mark.parametrize("task", LEARNED, ids=lambda task: task.id)
+def test_with_one_slot_a_task_is_at_chance(bed, task):
+    assert lowest_share(bed, task, 1) <= task.chance
+
+
+@pytest.mark.parametrize("task", LEARNED, ids=lambda task: task.id)
+def test_the_latest_32_slots_do_not_answer(bed, task):
+    assert lowest_share(bed, task, 32) <= task.chance + 0.1
