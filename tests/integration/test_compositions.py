@@ -52,8 +52,8 @@ def run_within_reach(model: PreTrainedModel, strategy: kvcomp.Strategy) -> None:
     try:
         run(model, strategy)
     except kvcomp.BudgetError as error:
-        assert strategy.allocator.firm or strategy.selector is None
-        assert error.smallest is not None
+        if error.smallest is None or not (strategy.allocator.firm or strategy.selector is None):
+            raise
         run(model, kvcomp.strategy(strategy, error.smallest))
 
 
