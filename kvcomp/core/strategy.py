@@ -166,8 +166,12 @@ class Strategy:
         return scores if self.scorer is None else self.scorer.together(layers, scores)
 
     def allocate(self, slots: Tensor, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Tensor:
-        """Return the slots of every head, `(layers, batch, kv_heads)`, none above what the head holds."""
+        """Return the slots of every head, `(layers, batch, kv_heads)`, none above what the head holds; without a
+        selector nothing is shared out, and every head keeps what it holds.
+        """
         held = torch.stack([layer.valid.sum(dim=-1) for layer in layers]).cpu()
+        if self.selector is None:
+            return held
         allotted = self.allocator.allocate(slots, layers, scores)
         given, request = allotted.sum(dim=(0, 2)), slots * allotted[:, 0].numel()
         if bool((given > request).any()) or bool((allotted < slots.clamp(max=1)[:, None]).any()):
@@ -207,7 +211,10 @@ class Strategy:
             )
         self._check_rotary(layer)
         pivots = plan.pivots
-        keys, values, counts = self.merger.merge(layer, pivots, plan.assignment)
+        if self.selector is None:  # padding goes, and nothing is merged
+            keys, values, counts = (pivots.gather(held) for held in (layer.keys, layer.values, layer.counts))
+        else:
+            keys, values, counts = self.merger.merge(layer, pivots, plan.assignment)
         empty = ~pivots.filled()
         return CompressedLayer(
             keys=keys.to(layer.keys.dtype),
