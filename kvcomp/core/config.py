@@ -145,7 +145,9 @@ def _override(document: dict[str, Any], path: str, value: Any, faults: list[str]
         document[kind] = value
         return
     part = document.get(kind) or DEFAULT_PARTS.get(kind)
-    if kind not in PART_KEYS:
+    if kind in SETTING_KEYS:
+        faults.append(f"{path}: {kind!r} is no part and has no fields; give it whole, as {kind}=VALUE")
+    elif kind not in PART_KEYS:
         faults.append(f"{path}: no part named {kind!r}. {suggest(kind, PART_KEYS)}")
     elif part is None:
         faults.append(f"{path}: this strategy has no {kind} to change")

@@ -167,7 +167,7 @@ class Strategy:
 
     def allocate(self, slots: Tensor, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Tensor:
         """Return the slots of every head, `(layers, batch, kv_heads)`, none above what the head holds; without a
-        selector all that it holds.
+        selector nothing is shared out, and every head keeps what it holds.
         """
         held = torch.stack([layer.valid.sum(dim=-1) for layer in layers]).cpu()
         if self.selector is None:
@@ -211,8 +211,8 @@ class Strategy:
             )
         self._check_rotary(layer)
         pivots = plan.pivots
-        if self.selector is None:
-            keys, values, counts = (pivots.gather(entry) for entry in (layer.keys, layer.values, layer.counts))
+        if self.selector is None:  # padding goes, and nothing is merged
+            keys, values, counts = (pivots.gather(held) for held in (layer.keys, layer.values, layer.counts))
         else:
             keys, values, counts = self.merger.merge(layer, pivots, plan.assignment)
         empty = ~pivots.filled()

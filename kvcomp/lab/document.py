@@ -56,7 +56,7 @@ def make_evaluation_document(evaluation: Evaluation, results: Sequence[TaskResul
         "fields": EVALUATION_FIELDS,
         "model": evaluation.bed.name,
         "strategy": made.dump(),
-        "budget": budget_of(made) if made.selector else 1.0,
+        "budget": 1.0 if made.ignores_budget else budget_of(made),
         "query_mode": str(evaluation.mode),
         "turns": made.turns,
         "metrics": "all" if evaluation.forced else "plain",

@@ -215,3 +215,27 @@ def test_impossible_stores_are_refused_when_built(case):
     overrides, message = BAD[case]
     with pytest.raises(kvcomp.ConfigError, match=message):
         kvcomp.strategy("h2o", **overrides)
+
+
+@pytest.mark.parametrize("allocator", ["variance", "entropy", "sparsity", "protected-first", "global"])
+@pytest.mark.parametrize("recipe", SHRINKING)
+def test_an_allocator_has_nothing_to_share_out_where_every_token_stays(recipe, allocator):
+    model, inputs = tiny_llama(), text_inputs(64)
+    plain, other = (
+        quiet_prefill(model, inputs, kvcomp.strategy(recipe, 0.9, allocator=name), None)
+        for name in ("uniform", allocator)
+    )
+    assert other.report().allocated_bytes == plain.report().allocated_bytes
+    assert all(torch.equal(a.keys, b.keys) for a, b in zip(other.layers, plain.layers, strict=True))
+
+
+@pytest.mark.parametrize("recipe", SHRINKING)
+def test_a_merger_has_nothing_to_merge_where_every_token_stays(recipe):
+    model = tiny_llama()
+    rows = left_padded([text_inputs(tokens, seed=tokens)["input_ids"] for tokens in (40, 64)])
+    merger = {"use": "unrotated", "merger": "mean"}
+    plain, other = (
+        quiet_prefill(model, rows, kvcomp.strategy(recipe, 0.9, merger=name), None) for name in ("drop", merger)
+    )
+    assert [layer.merged for layer in other.report().layers] == [(0.0, 0.0)] * 3
+    assert all(torch.equal(a.keys, b.keys) for a, b in zip(other.layers, plain.layers, strict=True))

@@ -57,6 +57,10 @@ BAD = {
         {"base": "flowmm", "set": {"polcy.threshold": 1}},
         "polcy.threshold: no part named 'polcy'. Did you mean",
     ),
+    "field of a setting": (
+        {"base": "flowmm", "set": {"trigger.every": 4}},
+        "trigger.every: 'trigger' is no part and has no fields; give it whole, as trigger=VALUE",
+    ),
     "settings that disagree": (
         {**TOP_K, "matcher": {"use": "sensitivity-gated", "units": "mean"}, "merger": "mean"},
         "matcher: threshold must be given with units 'mean' or 'absolute', and only then",

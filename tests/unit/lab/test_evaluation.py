@@ -129,6 +129,11 @@ def test_the_document_says_what_was_compressed_when(bed, echo, mode, turns):
     assert set(document["fields"]) == set(FIELDS) <= set(document["tasks"][0])
 
 
+@pytest.mark.parametrize(("name", "budget"), [("full", 1.0), ("no-context", 1.0), ("mikv", 0.9), ("snapkv", "30t")])
+def test_the_document_says_the_budget_that_was_kept_to(bed, name, budget):
+    assert make_evaluation_document(evaluation(bed, name, budget), [], 1.0)["budget"] == budget
+
+
 def test_a_task_that_has_fewer_samples_is_asked_those(bed, echo):
     class Short(echo):
         size = 2
