@@ -8,32 +8,38 @@ from __future__ import annotations
 
 import inspect
 import re
-import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import kvcomp
-import yaml
+from docstrings import attributes, constraint_of, default_of, first_line, one_line, prose, type_of
 from kvcomp.core import errors, hookspecs
-from kvcomp.core.config import recipe_document
 from kvcomp.core.interfaces import PART_KINDS, Part
 from kvcomp.core.registry import Entry, registry
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from recipes import index_page, recipe_page
 
 HERE = "This page is generated from the code. "
-SYMBOLS = {"Ge": "≥", "Gt": ">", "Le": "≤", "Lt": "<"}
+RECIPES = "reference/recipes/"
 PLURALS = {kind: f"{kind}s" for kind in PART_KINDS} | {"policy": "policies"}
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put the page of every recipe under that of all recipes."""
+    (reference,) = (pages for section in config.nav for pages in section.values() if section.keys() == {"Reference"})
+    (recipes,) = (section for section in reference if isinstance(section, dict) and "Recipes" in section)
+    names = [entry.name for entry in registry.entries("recipe")]
+    recipes["Recipes"] = [f"{RECIPES}index.md", *({name: f"{RECIPES}{name}.md"} for name in names)]
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
     pages = {
         "parts/index": parts_index(),
-        "recipes": recipes_page(),
+        "recipes/index": index_page(HERE),
         "registered": registered_page(),
         "hooks": hooks_page(),
         "errors": errors_page(),
@@ -41,6 +47,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "cli": command_line_page(),
     }
     pages |= {f"parts/{kind}": kind_page(kind) for kind in PART_KINDS}
+    pages |= {f"recipes/{entry.name}": recipe_page(entry) for entry in registry.entries("recipe")}
     for path, lines in pages.items():
         files.append(File.generated(config, f"reference/{path}.md", content="\n".join(lines) + "\n"))
     return files
@@ -96,46 +103,7 @@ def observed(part: type[Part]) -> list[str]:
     return [f"observes {', '.join(names)}"] if names else []
 
 
-def type_of(field: FieldInfo) -> str:
-    """Return the annotation as one reads it."""
-    annotation = field.annotation
-    if typing.get_origin(annotation) is typing.Literal:
-        return ", ".join(f"`{value}`" for value in typing.get_args(annotation))
-    name = getattr(annotation, "__name__", "") if not typing.get_args(annotation) else ""
-    return f"`{name or re.sub(r'[a-z_]+[.]', '', str(annotation))}`"
-
-
-def default_of(field: FieldInfo) -> str:
-    """Return the default, or that there is none."""
-    value = field.get_default(call_default_factory=False)
-    if field.is_required() or value is PydanticUndefined:
-        return "required" if field.is_required() else "made anew"
-    return f"`{value.dump() if isinstance(value, Part) else value!r}`".replace("'", "")
-
-
-def constraint_of(field: FieldInfo) -> str:
-    """Return the bounds of the field."""
-    bounds = {type(bound).__name__: bound for bound in field.metadata}
-    found = [f"{SYMBOLS[name]} {getattr(bound, name.lower()):g}" for name, bound in bounds.items() if name in SYMBOLS]
-    return " and ".join(found)
-
-
-# --- recipes and everything else that is registered ---
-
-
-def recipes_page() -> Iterator[str]:
-    """Return every recipe: what its file says, and the parts that it resolves to."""
-    yield from ("# Recipes", "", HERE + "A recipe is a named strategy file: `kvcomp.compress(model, NAME)`.", "")
-    for entry in registry.entries("recipe"):
-        built = kvcomp.strategy(entry.name)
-        yield from (f"## `{entry.name}` {{: #{entry.name} }}", "", f"*from {entry.package} {entry.version}.*", "")
-        text = entry.value if isinstance(entry.value, dict) else Path(entry.value).read_text(encoding="utf-8")
-        comment = [line.removeprefix("#").strip() for line in str(text).splitlines() if line.startswith("#")]
-        yield from (" ".join(comment), "") if comment else ()
-        document = {key: value for key, value in recipe_document(entry.name).items() if key != "name"}
-        yield from ("```yaml", yaml.safe_dump(document, sort_keys=False, default_flow_style=None).strip(), "```", "")
-        links = [f"[`{part.use}`](parts/{part.kind}.md#{part.use})" for part in built.parts]
-        yield from ("Resolves to: " + " → ".join(links) + ".", "")
+# --- what else is registered ---
 
 
 def registered_page() -> Iterator[str]:
@@ -270,46 +238,3 @@ def command_sections(command: Any, context: Any) -> Iterator[str]:
 def dedent_help(text: str) -> str:
     """Return help text as Markdown."""
     return inspect.cleandoc(text).replace("\b", "").split("\f")[0].strip()
-
-
-# --- docstrings ---
-
-
-def first_line(value: Any) -> str:
-    """Return the first sentence of a docstring."""
-    return re.split(r"(?<=[.:])\s", " ".join(prose(value).split()) + " ", maxsplit=1)[0]
-
-
-def prose(value: Any) -> str:
-    """Return a docstring as Markdown without its Attributes and Args; other sections lose their indentation."""
-    kept = [part for part in sections(value) if part[0] not in ("Attributes", "Args")]
-    return "\n\n".join(f"{title}: {body}" if title else body for title, body in kept).strip()
-
-
-def attributes(value: Any) -> dict[str, str]:
-    """Return what the Attributes section says of each field, those of base classes included."""
-    found: dict[str, str] = {}
-    bases: Iterable[Any] = reversed(value.__mro__)
-    for base in bases:
-        body = dict(sections(base)).get("Attributes", "") if base.__dict__.get("__doc__") else ""
-        for item in re.split(r"\n(?=\w+: )", body):
-            name, _, text = item.partition(": ")
-            found[name.strip()] = text
-    return found
-
-
-def sections(value: Any) -> list[tuple[str, str]]:
-    """Return `(title, text)` of a Google-style docstring; the leading text has no title."""
-    parts: list[tuple[str, list[str]]] = [("", [])]
-    for line in inspect.cleandoc(value.__doc__ or "").splitlines():
-        header = re.fullmatch(r"([A-Z][a-z]+):", line)
-        if header or (line and not line.startswith(" ") and parts[-1][0]):
-            parts.append((header[1] if header else "", []))
-        if not header:
-            parts[-1][1].append(line)
-    return [(title, inspect.cleandoc("\n".join(lines)).strip()) for title, lines in parts]
-
-
-def one_line(text: str) -> str:
-    """Return text for a cell of a table."""
-    return " ".join(text.split()).replace("|", "\\|")

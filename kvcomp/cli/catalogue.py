@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -10,20 +11,33 @@ import typer
 import yaml
 
 from kvcomp.cli.terminal import emit_json, emit_table
+from kvcomp.core.about import About
 from kvcomp.core.config import strategy
-from kvcomp.core.registry import registry
+from kvcomp.core.registry import Entry, registry
 
 
 def list_entries(
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON array to stdout.")] = False,
 ) -> None:
-    """List every part, recipe, adapter, task and testbed, and the package that each comes from."""
-    entries = [entry.describe() for entry in registry.entries()]
+    """List every part, recipe, adapter, task and testbed: the package that each comes from, and what it does."""
     if as_json:
-        emit_json(entries)
-    else:
-        head = ("name", "kind", "package", "version")
-        emit_table(head, [[entry[column] for column in head] for entry in entries])
+        emit_json([entry.describe() for entry in registry.entries()])
+        return
+    head = ("name", "kind", "package", "version", "what it does")
+    body = [[*entry.describe().values(), what_it_does(entry)] for entry in registry.entries()]
+    emit_table(head, body, texts=head[-1:])
+
+
+def what_it_does(entry: Entry) -> str:
+    """Return the idea and the source of a recipe, the first sentence about anything else; empty where none is given."""
+    if entry.kind == "recipe":
+        about = About.of(entry.value)
+        return about.idea + (f" [{about.source}]" if about.source else "")
+    if isinstance(entry.value, Path | str):
+        return ""
+    described = entry.value if isinstance(entry.value, type) else type(entry.value)
+    paragraph = inspect.cleandoc(described.__doc__ or "").partition("\n\n")[0]
+    return " ".join(paragraph.split())
 
 
 def show(recipe: Annotated[str, typer.Argument(help="A recipe's name; `kvcomp list` has them.")]) -> None:

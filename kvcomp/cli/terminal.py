@@ -34,15 +34,19 @@ def emit_json(document: Any) -> None:
     typer.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def emit_table(head: Sequence[str], body: Sequence[Sequence[str]], numbers: Sequence[str] = ()) -> None:
-    """Write a table to stdout; the columns named in `numbers` are aligned on the right."""
+def emit_table(
+    head: Sequence[str], body: Sequence[Sequence[str]], numbers: Sequence[str] = (), texts: Sequence[str] = ()
+) -> None:
+    """Write a table to stdout; the columns named in `numbers` are aligned on the right, and those in `texts` may take
+    several lines on a terminal.
+    """
     console = Console()
     if not console.is_terminal:
         typer.echo(plain_table(head, body, numbers))
         return
     table = Table(header_style="bold", box=None, pad_edge=False)
     for title in head:
-        table.add_column(title, justify="right" if title in numbers else "left", no_wrap=True)
+        table.add_column(title, justify="right" if title in numbers else "left", no_wrap=title not in texts)
     for cells in body:
         table.add_row(*(cell.replace("[", r"\[") for cell in cells))
     console.print(table)

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import kvcomp
 from kvcomp.cli import app
+from kvcomp.core.about import About
 from kvcomp.core.registry import registry
 from kvcomp.lab.threads import torch_threads
 from kvcomp.minimile.model import build_model
@@ -87,9 +88,16 @@ def test_list_is_a_plain_table_where_stdout_is_no_terminal():
     result = call("list")
     lines = result.stdout.splitlines()
     assert result.exit_code == 0
-    assert lines[0].split() == ["name", "kind", "package", "version"]
+    assert lines[0].split() == ["name", "kind", "package", "version", "what", "it", "does"]
     assert len(lines) == 1 + len(registry.entries())
-    assert ["flow-guided", "policy", "kvcomp", kvcomp.__version__] in [line.split() for line in lines]
+    assert ["flow-guided", "policy", "kvcomp", kvcomp.__version__] in [line.split()[:4] for line in lines]
+
+
+@pytest.mark.parametrize("entry", registry.entries("recipe"), ids=lambda entry: entry.name)
+def test_list_shows_the_idea_and_the_source_of_a_recipe(entry):
+    about = About.of(entry.value)
+    (line,) = (line for line in call("list").stdout.splitlines() if line.split()[:2] == [entry.name, "recipe"])
+    assert line.endswith(f"{about.idea} [{about.source}]")
 
 
 def test_version():
