@@ -17,7 +17,7 @@ from kvcomp.core.strategy import Strategy
 from kvcomp.core.types import LayerView, Scores
 from kvcomp.runtime.adapter import ModelAdapter
 from kvcomp.runtime.compression import LayerCompression
-from kvcomp.runtime.layer import CompressedCacheLayer
+from kvcomp.runtime.layer import NO_DRAFTS, CompressedCacheLayer
 from kvcomp.runtime.report import Report, report_layer, storage_bytes
 from kvcomp.runtime.rotary import RotaryColumns
 from kvcomp.runtime.second_pass import fed_tokens, second_pass
@@ -71,6 +71,7 @@ class CompressedCache(Cache):
         self._modality: Tensor | None = None
         self._positions: Tensor | None = None
         self._noted = False  # whether the inputs of the forward under way are known
+        self._under_way = False  # whether the text model, or a compression, has begun and not ended
         self._waiting: list[tuple[LayerCompression, LayerView, Scores]] = []
         self._repeats = any(observation.repeat() for observation in strategy.observations)
         self.fed: tuple[Tensor, ...] = ()  # what a second pass feeds again
@@ -84,10 +85,12 @@ class CompressedCache(Cache):
     def finish(self) -> None:
         """Compress what `defer` left uncompressed, or what waits for a second pass."""
         pending = {number: layer for number, layer in self.compressed_layers.items() if layer.pending}
+        within, self._under_way = self._under_way, True
         if self._repeats and pending:
             self._repeat(pending)
         for layer in pending.values():
             self._compress(layer)
+        self._under_way = within
 
     def _repeat(self, pending: Mapping[int, CompressedCacheLayer]) -> None:
         """Feed the context once more, for what these layers want to know of that."""
@@ -126,7 +129,19 @@ class CompressedCache(Cache):
         """Forget everything, as if the cache were new."""
         super().reset()  # type: ignore[no-untyped-call]
         self.fed = ()
-        self._waiting.clear()
+        self._forget_forward()
+
+    def activate_past_recording(self) -> None:
+        """Refuse assisted and prompt-lookup decoding, which call this before anything else, where drafts would be
+        compressed.
+
+        Raises:
+            UnsupportedUseError: something may be compressed.
+        """
+        strategy = self.strategy
+        if not (strategy.ignores_budget or (strategy.budget.ratio == 1 and not strategy.store.shrinks)):
+            raise UnsupportedUseError(NO_DRAFTS)
+        super().activate_past_recording()  # type: ignore[no-untyped-call]
 
     def snapshot(self) -> Snapshot:
         """Return the cache as it is now, sharing its memory. It stays valid whatever the cache does next."""
@@ -145,6 +160,7 @@ class CompressedCache(Cache):
                 f"the snapshot is of a cache with strategy {snapshot.strategy.name!r} at {snapshot.strategy.budget}, "
                 f"and this one has {self.strategy.name!r} at {self.strategy.budget}"
             )
+        self._forget_forward()
         snapshot.put_back(self.layers)
         self.fed = snapshot.fed
 
@@ -183,17 +199,13 @@ class CompressedCache(Cache):
         """Take note of what the model was called with: which new token is what.
 
         Raises:
-            UnsupportedUseError: the attention mask is not of the cache's tokens and the new ones.
+            InputError: there is no new token.
+            UnsupportedUseError: the new tokens or their attention mask do not go with what the cache has seen, or the
+                last forward did not end.
         """
+        self._check_inputs(inputs)
         self._modality = self.adapter.modality(inputs)
         self._noted = True
-        mask, new = inputs.get("attention_mask"), _new_tokens(inputs)
-        expected = None if new is None else self.get_seq_length() + new
-        if isinstance(mask, Tensor) and mask.dim() == 2 and expected not in (None, mask.shape[1]):
-            raise UnsupportedUseError(
-                f"the attention mask covers {mask.shape[1]} tokens, and the cache will have seen {expected} with the "
-                "new ones; a cache belongs to one conversation, so use a new one for another prompt"
-            )
 
     def text_begins(self, inputs: Mapping[str, Any]) -> None:
         """Take note of the positions of the new tokens, `(batch, tokens)` or `(axes, batch, tokens)`, and compress what
@@ -204,15 +216,17 @@ class CompressedCache(Cache):
         Raises:
             UnsupportedUseError: the text part of a multimodal model was called by itself.
         """
-        if _new_tokens(inputs) == 1:
-            self.finish()
         if not self._noted:
+            self._check_inputs(inputs)
             self._modality = self.adapter.modality(inputs)
         positions = inputs.get("position_ids")
         if positions is not None:
             positions = positions[None] if positions.dim() == 2 else positions[-3:]
             self._check_positions(positions)
         self._positions = positions
+        self._under_way = True
+        if _new_tokens(inputs) == 1:
+            self.finish()
 
     def note_rotary(self, module: nn.Module, embeddings: Any) -> None:
         """Take note of the rotary embeddings that the attention module of a layer was given."""
@@ -230,6 +244,39 @@ class CompressedCache(Cache):
             self.fed = (*self.fed, fed_tokens(inputs))
             if not self.defer:
                 self.finish()
+        self._under_way = False
+
+    def _check_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """Raise where a forward cannot go on from what the cache has seen."""
+        if self._under_way:
+            raise UnsupportedUseError(
+                "the last forward with this cache did not end, so its layers do not hold the same tokens; restore a "
+                "snapshot, or use a new cache"
+            )
+        given = _given(inputs)
+        if given is None:
+            return
+        batch, new = given.shape[:2]
+        if not new:
+            raise InputError(f"a prompt must have at least one token, got inputs of shape {tuple(given.shape)}")
+        held = len(next(iter(self.compressed_layers.values())).tokens)
+        if self.used and batch != held:
+            raise UnsupportedUseError(
+                f"the batch must stay as large as it is: the cache holds {held} rows, and {batch} were given; call "
+                "cache.batch_repeat_interleave or cache.batch_select_indices first, or use a new cache"
+            )
+        mask, expected = inputs.get("attention_mask"), self.get_seq_length() + new
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] != expected:
+            raise UnsupportedUseError(
+                f"the attention mask covers {mask.shape[1]} tokens, and the cache will have seen {expected} with the "
+                "new ones; a cache belongs to one conversation, so use a new one for another prompt"
+            )
+
+    def _forget_forward(self) -> None:
+        """Forget what is held only while a forward is under way."""
+        self._modality = self._positions = None
+        self._noted = self._under_way = False
+        self._waiting.clear()
 
     def _check_positions(self, positions: Tensor) -> None:
         """Raise where several new tokens all lie before what the cache has seen: they belong to another prompt."""
@@ -324,8 +371,13 @@ class CompressedCache(Cache):
         return [tensor for layer in self.compressed_layers.values() for tensor in layer.bookkeeping()]
 
 
+def _given(inputs: Mapping[str, Any]) -> Tensor | None:
+    """Return what stands for the tokens of a forward, `(batch, tokens, ...)`, None where that cannot be told."""
+    ids = inputs.get("input_ids")
+    return inputs.get("inputs_embeds") if ids is None else ids
+
+
 def _new_tokens(inputs: Mapping[str, Any]) -> int | None:
     """Return how many tokens a forward is given, None where that cannot be told."""
-    given = inputs.get("input_ids")
-    given = inputs.get("inputs_embeds") if given is None else given
+    given = _given(inputs)
     return None if given is None else int(given.shape[1])

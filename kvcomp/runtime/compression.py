@@ -71,11 +71,16 @@ class LayerCompression(LayerState):
         self.rho: Tensor | None = None  # (batch,), of the last compression
         self.seconds = 0.0
         self.forwards: tuple[Forward, ...] = ()  # seen by attention and not yet observed
+        self.output: Tensor | None = None  # W_O while a compression waits
+        self.compressions = 0
+        self.forget_forward()
+
+    def forget_forward(self) -> None:
+        """Forget what is held only while a forward, or the compression at its end, is under way."""
+        self.arrived = 0
         self.observed: Mapping[Observation, Tensor] | None = None  # of forwards that are not yet compressed
         self.repeated: Mapping[Observation, Tensor] = {}  # of a second pass over them
         self.alive: Tensor | None = None  # (batch, kv_heads, slots), what the last round of a second pass attended to
-        self.output: Tensor | None = None  # W_O while a compression waits
-        self.compressions = 0
         self._view: LayerView | None = None
         self._scores: Scores | None = None
 

@@ -19,6 +19,11 @@ from kvcomp.runtime.packed import can_attend, own_slots
 from kvcomp.runtime.slots import PackedTable
 
 LAYER_ATTRIBUTE = "kvcomp_layer"  # how the attention function finds the layer that its keys came from
+NO_DRAFTS = (
+    "Assisted and prompt-lookup decoding feed drafts together with the prompt: the cache would be compressed for "
+    "drafts that are then taken back. Generate without assistant_model and prompt_lookup_num_tokens, or at a budget of "
+    "1.0"
+)
 PackedAttention = tuple[PackedSlots, Tensor | None, Sequence[Tensor | None]]
 
 
@@ -113,8 +118,7 @@ class CompressedCacheLayer(LayerCompression, DynamicLayer):  # type: ignore[no-u
             raise UnsupportedUseError("the cache has deferred its compression; call cache.finish() before cropping it")
         if self.trimmed and torch.equal(self.tokens + self.tail, self.prompt):
             raise UnsupportedUseError(
-                "tokens were removed right after they were compressed, as assisted and prompt-lookup decoding do; they "
-                "do not work with a compressed cache"
+                f"tokens were removed right after they were compressed, as in assisted decoding. {NO_DRAFTS}"
             )
         table = self.whole_table()
         removed, upcoming = self.seen - target, self.upcoming_positions()
@@ -178,11 +182,11 @@ class CompressedCacheLayer(LayerCompression, DynamicLayer):  # type: ignore[no-u
         new = queries.shape[2]
         if new == 1 and self.only_causal(mask) and self.held_table.mask is None:
             return None
-        table, group = self.whole_table(), queries.shape[1] // self.form.kv_heads
-        slot_mask = over_slots(mask, table, new, self.seen - new, group)
+        group = queries.shape[1] // self.form.kv_heads
+        slot_mask = over_slots(mask, self.places(), new, self.seen - new, group)
         if not self.request.strategy.mass_preserving:
             return slot_mask
-        return with_mass(slot_mask, table.counts, group, queries.dtype)
+        return with_mass(slot_mask, self.whole_table().counts, group, queries.dtype)
 
     def head_masks(self, mask: Tensor | None, slots: PackedSlots, query: Tensor) -> Sequence[Tensor | None]:
         """Return the mask of one query over the own slots of each (row, KV head), `(1, 1, 1, slots)`, None for none.

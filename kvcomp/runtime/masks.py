@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvcomp.runtime.slots import SlotTable
+from kvcomp.runtime.slots import Places, SlotTable
 
 
 def row_validity(mask: Tensor | None, batch: int, new: int) -> Tensor | None:
@@ -38,13 +38,13 @@ def additive(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros((), dtype=dtype, device=mask.device).where(mask, torch.finfo(dtype).min)
 
 
-def over_slots(mask: Tensor | None, table: SlotTable, queries: int, seen: int, group: int) -> Tensor | None:
+def over_slots(mask: Tensor | None, table: SlotTable | Places, queries: int, seen: int, group: int) -> Tensor | None:
     """Return the mask over the slots of a layer, `(batch, heads, queries, slots)`; None where every query sees every
     slot.
 
     Args:
         mask: over columns, `(batch or 1, 1, queries, columns)`, bool or additive, or None for causal.
-        table: of all slots, the new tokens included.
+        table: where all slots lie, the new tokens included.
         queries: number of new tokens.
         seen: columns seen before them.
         group: query heads per KV head.
@@ -100,11 +100,11 @@ def over_sequences(
     return [torch.cat([piece, last[place // kv_heads]])[None, None, None] for place, piece in enumerate(pieces)]
 
 
-def visible_before(table: SlotTable, columns: Tensor, group: int) -> Tensor:
+def visible_before(table: SlotTable | Places, columns: Tensor, group: int) -> Tensor:
     """Return which slots lie at or before the columns of queries, `(batch, heads, queries, slots)` bool.
 
     Args:
-        table: of all slots.
+        table: where all slots lie.
         columns: `(batch or 1, queries)`.
         group: query heads per KV head.
     """

@@ -14,6 +14,32 @@ from kvcomp.core.types import CompressedLayer, Pivots
 
 
 @dataclass(frozen=True, eq=False)
+class Places:
+    """In which column of the attention mask each slot lies: all that a mask over slots is made of.
+
+    Attributes:
+        columns: `(batch, kv_heads, slots)` int32.
+        mask: `(batch, kv_heads, slots)` bool, false where empty; None where every slot is filled.
+    """
+
+    columns: Tensor
+    mask: Tensor | None = None
+
+    @property
+    def valid(self) -> Tensor:
+        """Return `(batch, kv_heads, slots)` bool, expanded where every slot is filled."""
+        return _filled(self.columns) if self.mask is None else self.mask
+
+    def then(self, start: int, tokens: int) -> Places:
+        """Return these places and those of so many tokens from a column on, one slot each in every head."""
+        if not tokens:
+            return self
+        later = torch.arange(start, start + tokens, dtype=self.columns.dtype, device=self.columns.device)
+        columns = torch.cat([self.columns, later.expand(*self.columns.shape[:2], -1)], dim=2)
+        return Places(columns, None if self.mask is None else F.pad(self.mask, (0, tokens), value=True))
+
+
+@dataclass(frozen=True, eq=False)
 class SlotTable:
     """One entry per slot, each `(batch, kv_heads, slots)`; expanded views as long as the heads agree.
 
@@ -41,9 +67,12 @@ class SlotTable:
     @property
     def valid(self) -> Tensor:
         """Return `(batch, kv_heads, slots)` bool, expanded where every slot is filled."""
-        return (
-            self.indices.new_ones((), dtype=torch.bool).expand(self.indices.shape) if self.mask is None else self.mask
-        )
+        return _filled(self.indices) if self.mask is None else self.mask
+
+    @property
+    def places(self) -> Places:
+        """Return where the slots lie."""
+        return Places(self.columns, self.mask)
 
     @classmethod
     def of(cls, layer: CompressedLayer, columns: Tensor | None) -> SlotTable:
@@ -143,22 +172,26 @@ class PackedTable:
         positions = tuple(pack(axis) for axis in table.positions)
         return cls(indices, columns, pack(table.counts), pack(table.modality), positions, table.mask)
 
+    @property
+    def places(self) -> Places:
+        """Return where the slots lie, the empty ones in column -1."""
+        return Places(self._spread(self.columns, -1), self.mask)
+
     def unpacked(self) -> SlotTable:
         """Return the table with its empty slots: index and column -1, everything else 0."""
-
-        def spread(packed: Tensor, empty: int = 0) -> Tensor:
-            entry = torch.full(self.mask.shape, empty, dtype=packed.dtype, device=packed.device)
-            return entry.masked_scatter_(self.mask, packed)
-
-        indices = spread(self.indices, -1)
+        indices = self._spread(self.indices, -1)
         return SlotTable(
             indices=indices,
-            columns=indices if self.columns is self.indices else spread(self.columns, -1),
-            counts=spread(self.counts),
-            modality=spread(self.modality),
-            positions=torch.stack([spread(axis) for axis in self.positions]),
+            columns=indices if self.columns is self.indices else self._spread(self.columns, -1),
+            counts=self._spread(self.counts),
+            modality=self._spread(self.modality),
+            positions=torch.stack([self._spread(axis) for axis in self.positions]),
             mask=self.mask,
         )
+
+    def _spread(self, packed: Tensor, empty: int = 0) -> Tensor:
+        entry = torch.full(self.mask.shape, empty, dtype=packed.dtype, device=packed.device)
+        return entry.masked_scatter_(self.mask, packed)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the tensors that hold the table."""
@@ -206,6 +239,10 @@ def new_tokens(
     )
 
 
+def _filled(like: Tensor) -> Tensor:
+    return like.new_ones((), dtype=torch.bool).expand(like.shape)
+
+
 def _per_head(shape: tuple[int, int, int]) -> Callable[[Tensor], Tensor]:
     return lambda entry: entry.expand(shape) if entry.dim() == 0 else entry[:, None].expand(shape)
 
@@ -217,9 +254,14 @@ def _same_axes(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gather_heads(per_head: Tensor, slots: Pivots) -> Tensor:
-    """Return what `(batch, heads, tokens)` holds at the slots of each head's KV head, `(batch, heads, slots)`."""
+    """Return what `(batch, heads, tokens)` holds at the slots of each head's KV head, `(batch, heads, slots)`; 0 where
+    a slot is empty.
+    """
     grouped = rearrange(per_head, "b (kv group) t -> b kv t group", kv=slots.indices.shape[1])
-    return rearrange(slots.gather(grouped), "b kv t group -> b (kv group) t")
+    gathered = slots.gather(grouped)
+    if slots.mask is not None:
+        gathered = gathered.masked_fill(~slots.mask[..., None], 0)
+    return rearrange(gathered, "b kv t group -> b (kv group) t")
 
 
 def padded(sums: Tensor, slots: int) -> Tensor:

@@ -53,6 +53,7 @@ class LayerSnapshot:
 
     def put_back(self, layer: CompressedCacheLayer) -> None:
         """Make a layer what it was."""
+        layer.forget_forward()
         layer.storage.restore(self.storage)
         for name, value in self.state.items():
             setattr(layer, name, value)

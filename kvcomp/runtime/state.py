@@ -12,7 +12,7 @@ from kvcomp.core.storage import SlotStorage
 from kvcomp.core.types import Pivots, SlotForm
 from kvcomp.runtime.decoding import QueryLog
 from kvcomp.runtime.rotary import RotaryColumns
-from kvcomp.runtime.slots import PackedTable, SlotTable, gather_heads, new_tokens, padded, positions_after
+from kvcomp.runtime.slots import PackedTable, Places, SlotTable, gather_heads, new_tokens, padded, positions_after
 
 
 class LayerState:
@@ -117,6 +117,14 @@ class LayerState:
         return table.extend(
             new_tokens((batch, kv_heads, more), start, self.tokens, device=self.device, positions=positions)
         )
+
+    def places(self) -> Places:
+        """Return where all slots lie, the tail and the tokens that just arrived included: what a mask needs of
+        `whole_table`, at a fraction of its cost.
+        """
+        assert self.held_table is not None
+        more = self.tail + self.arrived
+        return self.held_table.places.then(self.seen - more, more)
 
     def _together(self, per_slot: Tensor, empty: int = 0) -> Tensor:
         table = self.all_slots()

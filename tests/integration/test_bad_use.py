@@ -205,3 +205,30 @@ def test_a_reserve_that_is_no_number_of_slots_is_refused(reserve):
 def test_nothing_is_no_model():
     with pytest.raises(kvcomp.UnsupportedModelError, match="got NoneType"):
         kvcomp.attach(None)
+
+
+@pytest.mark.parametrize("way", ["forward", "generate"])
+@pytest.mark.parametrize("build", [tiny_llama, tiny_qwen_vl])
+def test_an_empty_prompt_is_refused(build, way):
+    model = build()
+    inputs = {"input_ids": torch.zeros(1, 0, dtype=torch.long), "attention_mask": torch.zeros(1, 0, dtype=torch.long)}
+    with (
+        pytest.raises(kvcomp.InputError, match=r"at least one token, got inputs of shape \(1, 0\)"),
+        kvcomp.compress(model, "snapkv", budget=0.5) as cache,
+        torch.no_grad(),
+    ):
+        model(**inputs, past_key_values=cache) if way == "forward" else generate(model, inputs, cache)
+    assert not cache.used
+    assert _implementations(model) == {"sdpa"}
+
+
+def test_a_batch_that_changes_its_size_is_refused_and_may_go_on_as_it_was():
+    model = tiny_llama()
+    with kvcomp.compress(model, "snapkv", budget=0.5) as cache, torch.no_grad():
+        model(**text_inputs(20, batch=2), past_key_values=cache)
+        for rows in (1, 3):
+            with pytest.raises(kvcomp.UnsupportedUseError, match=f"holds 2 rows, and {rows} were given; call cache"):
+                model(input_ids=torch.full((rows, 1), 5), past_key_values=cache)
+        cache.batch_select_indices(torch.tensor([1]))
+        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+    assert cache.report().layers[0].tokens == (21,)
