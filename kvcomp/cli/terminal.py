@@ -136,6 +136,6 @@ def _plain_meter() -> Meter:
         if now - last >= PLAIN_SECONDS:
             last = now
             of = "" if total is None else f" of {total:,}"
-            typer.echo(f"{what}: {done:,}{of} bytes", err=True)
+            typer.echo(f"{what}: {done:,}{of} bytes" if done or of else what, err=True)
 
     return show

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from filelock import FileLock, Timeout
 
 from kvcomp.core.errors import InputError
 from kvcomp.lab.milebench.archives import Archive, archives_of
@@ -16,6 +19,7 @@ from kvcomp.lab.milebench.hub import download_from_hub
 
 FOLDER = "archives"
 BLOCK = 1 << 20
+LOOK_SECONDS = 1.0  # between two looks at whether another process has finished
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ def fetch(
     """Download, check and unpack the archives that hold some of the seven tasks, and return what became of each.
 
     What is done is done: an archive that was unpacked here before is not fetched again. An archive whose length or
-    checksum is wrong is removed, so that the next call fetches it anew.
+    checksum is wrong is removed, so that the next call fetches it anew. Of several processes that fetch one archive
+    into one folder, one does it; the others wait, and go on by themselves where that one was stopped.
 
     Args:
         root: gets one folder per task, and a folder `archives` with a note per archive.
@@ -84,6 +89,28 @@ def fetch(
 
 
 def _fetch_one(archive: Archive, root: Path, download: Download, meter: Meter, keep: bool) -> Fetched:
+    with _alone(root / FOLDER / f"{archive.name}.lock", archive, meter):
+        return _fetch_alone(archive, root, download, meter, keep)
+
+
+@contextmanager
+def _alone(path: Path, archive: Archive, meter: Meter) -> Iterator[None]:
+    """Run a block while no other process does; the meter is told of the wait. A process that dies lets go."""
+    lock = FileLock(path)
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=LOOK_SECONDS)
+        except Timeout:
+            meter(f"waiting for another process that fetches {archive.name}", 0, None)
+        except OSError as error:
+            raise InputError(f"the folder {path.parent} must be one that can be written to: {error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _fetch_alone(archive: Archive, root: Path, download: Download, meter: Meter, keep: bool) -> Fetched:
     note = root / FOLDER / f"{archive.name}.json"
     known = _read_note(note)
     if known and all((root / task).is_dir() for task in archive.tasks):

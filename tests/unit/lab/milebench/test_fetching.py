@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import random
+import subprocess
+import sys
 import tarfile
+import threading
+import time
 from functools import cache, partial
 
 import pytest
@@ -170,4 +175,69 @@ def test_an_archive_without_its_task_is_an_error_and_is_not_noted(hub, tmp_path,
 def test_what_the_hub_does_not_have_is_an_input_error(hub, tmp_path):
     hub.files.clear()
     with pytest.raises(InputError, match=r"MileBench_part0\.tar\.gz cannot be downloaded from the dataset .* goes on"):
+        fetch_here(hub, tmp_path, ["ALFRED"])
+
+
+HOLD = """
+import sys
+from filelock import FileLock
+with FileLock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_second_process_waits_for_the_first(hub, tmp_path):
+    folder = tmp_path / "archives"
+    folder.mkdir()
+    lock = folder / "MileBench_part0.tar.gz.lock"
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"held\n"
+    told, waiting = [], threading.Event()
+
+    def meter(what, done, total):
+        told.append(what)
+        if what.startswith("waiting"):
+            assert hub.ranges == {}  # nothing is fetched beside the other
+            waiting.set()
+
+    def let_go():
+        waiting.wait(30)
+        other.kill()  # a process that dies lets go as well
+
+    thread = threading.Thread(target=let_go)
+    thread.start()
+    (fetched,) = fetch_here(hub, tmp_path, ["ALFRED"], meter=meter)
+    thread.join()
+    other.communicate()
+    assert told[0] == "waiting for another process that fetches MileBench_part0.tar.gz"
+    assert not fetched.again
+
+
+def test_two_at_once_fetch_once(hub, tmp_path):
+    results, downloads = [], []
+
+    def download(archive, folder, meter):
+        downloads.append(archive.name)
+        path = folder / archive.name
+        path.write_bytes(hub.files[archive.name])
+        time.sleep(0.2)  # the other one comes now
+        return path
+
+    def run():
+        results.extend(fetch(tmp_path, ["STD"], download=download))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(each.again for each in results) == [False, True]
+    assert downloads == ["MileBench_part4.tar.gz"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_folder_that_cannot_be_written_is_an_input_error(hub, tmp_path):
+    (tmp_path / "archives").mkdir(mode=0o500)
+    with pytest.raises(InputError, match="must be one that can be written to"):
         fetch_here(hub, tmp_path, ["ALFRED"])
