@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kvcomp.cli.folders import ImageMode, Policy
 from kvcomp.cli.terminal import Advance, byte_progress, emit_json, emit_table, progress
 from kvcomp.core.errors import DataError, InputError
 from kvcomp.core.registry import Entry, registry
@@ -18,6 +19,7 @@ from kvcomp.lab.milebench.archives import LICENCE, Archive, archives_of
 from kvcomp.lab.milebench.fetching import fetch
 from kvcomp.lab.milebench.hub import download_from_hub
 from kvcomp.lab.milebench.names import KNOWN
+from kvcomp.lab.milebench.reading import Reading
 from kvcomp.lab.tasks import Sample, Task
 
 app = typer.Typer(help="List, export, verify and fetch tasks.", no_args_is_help=True)
@@ -30,13 +32,6 @@ INSTRUCTIONS = (
     "The question comes last. Answer it from the images and the text before it.",
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
-
-
-class Policy(StrEnum):
-    """Which image a placeholder shows."""
-
-    by_index = "by_index"
-    official = "official"
 
 
 class Benchmark(StrEnum):
@@ -121,13 +116,18 @@ def verify(
     folder: Annotated[Path, typer.Argument(help="A folder of tasks in MileBench's format.")],
     task: Annotated[list[str] | None, typer.Option(help="Only this task; repeat it for several.")] = None,
     placeholders: Annotated[Policy, typer.Option(help="Which image a placeholder shows.")] = Policy.by_index,
+    images: Annotated[
+        ImageMode, typer.Option(help="combined: check the image that shows all of a sample, where there is one.")
+    ] = ImageMode.separate,
     pixels: Annotated[bool, typer.Option("--pixels", help="Decode every image too; takes longer.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check every file and image of a folder: a table of its tasks, or every fault with exit code 1."""
     try:
         with progress("checking") as advance:
-            opened = open_folder(folder, task, placeholder_policy=placeholders.value, advance=advance)
+            opened = open_folder(
+                folder, task, reading=Reading(placeholders.value, images=images.value), advance=advance
+            )
             if pixels:
                 decode(opened.tasks, folder, advance)
     except DataError as error:
@@ -170,7 +170,9 @@ def emit_opened(opened: Opened, as_json: bool) -> None:
         if task.name in KNOWN and task.size != KNOWN[task.name].samples:
             typer.echo(f"{task.name}: the benchmark has {KNOWN[task.name].samples} samples, this folder {task.size}")
     if opened.unread:
-        typer.echo(f"not read, neither of the seven nor exported by kvcomp: {', '.join(opened.unread)}")
+        typer.echo(
+            f"not read, neither of the seven nor exported by kvcomp: {', '.join(opened.unread)}; name them in --task"
+        )
 
 
 # --- fetch ---

@@ -88,9 +88,10 @@ class _Request:
         return self.cache.next_turn(self.model, **self.batch.inputs)
 
     def generate(self, arguments: dict[str, Any], max_new_tokens: int) -> Any:
-        """Return the output of greedy generation with the logits of each new token."""
+        """Return the output of greedy generation, at least one token, with the logits of each new one."""
         return self.model.generate(
             **arguments,
+            min_new_tokens=1,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             output_logits=True,

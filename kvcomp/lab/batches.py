@@ -126,9 +126,9 @@ class Batch:
 
 
 def make_batches(
-    bed: LoadedTestbed, source: str, samples: Sequence[Sample], size: int, mode: QueryMode
+    bed: LoadedTestbed, source: str, samples: Sequence[Sample], size: int, mode: QueryMode, *, first: int = 0
 ) -> Iterator[Batch]:
-    """Yield the samples in batches of similar length, at most `size` in each.
+    """Yield the samples in batches of similar length, at most `size` in each; `first` is the number of the first.
 
     With `question_later` the samples of a batch have questions of one length, so that their contexts end in the same
     column.
@@ -137,14 +137,14 @@ def make_batches(
         InputError: naming a sample that has no question of its own, with `question_later`.
     """
     lengths = [len(bed.codec.outline(sample).ids) for sample in samples]
-    asked = [_count_question(bed, source, number, sample, mode) for number, sample in enumerate(samples)]
+    asked = [_count_question(bed, source, number, sample, mode) for number, sample in enumerate(samples, first)]
     order = sorted(range(len(samples)), key=lambda number: (asked[number], lengths[number]))
     for question_tokens, group in groupby(order, key=asked.__getitem__):
         numbers = tuple(group)
         for start in range(0, len(numbers), size):
             chosen = numbers[start : start + size]
             rows = tuple(samples[number] for number in chosen)
-            yield Batch(bed, source, chosen, rows, bed.encode(rows), question_tokens)
+            yield Batch(bed, source, tuple(first + n for n in chosen), rows, bed.encode(rows), question_tokens)
 
 
 def _count_question(bed: LoadedTestbed, source: str, number: int, sample: Sample, mode: QueryMode) -> int:

@@ -63,8 +63,30 @@ class Codec:
 
     def encode_answer(self, sample: Sample) -> list[int]:
         """Return the tokens of the reference answer, without the one that ends it."""
-        ids: list[int] = self.tokenizer(sample.answer, add_special_tokens=False)["input_ids"]
+        return self.encode_text(sample.answer)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the tokens of a text, without special ones."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+    def decode_text(self, ids: Sequence[int]) -> str:
+        """Return the text of tokens."""
+        text: str = self.tokenizer.decode(ids)
+        return text
+
+    @property
+    def counts_pixels(self) -> bool:
+        """Return whether the image processor bounds the number of an image's pixels, as Qwen's do."""
+        kind = type(getattr(self.processor, "image_processor", None))
+        return "max_pixels" in getattr(getattr(kind, "valid_kwargs", None), "__annotations__", {})
+
+    def describe_images(self) -> dict[str, Any]:
+        """Return which image processor prepares images, and the sizes that it makes of them."""
+        images = getattr(self.processor, "image_processor", None)
+        size = dict(getattr(images, "size", None) or {})
+        known = {name: value for name, value in size.items() if value is not None}
+        return {"image_processor": None if images is None else type(images).__name__, "size": known}
 
     def outline(self, sample: Sample) -> Outline:
         """Return the prompt before its images are written out."""

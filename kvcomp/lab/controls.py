@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.core.config import strategy
-from kvcomp.core.errors import IgnoredSettingWarning, UnknownNameError, suggest
+from kvcomp.core.errors import IgnoredSettingWarning, InputError, UnknownNameError, suggest
 from kvcomp.core.interfaces import Observation, Scorer
 from kvcomp.core.registry import registry
 from kvcomp.core.strategy import Strategy
@@ -76,7 +76,15 @@ class NoContext(Method):
     """Asks the question alone: what can be guessed."""
 
     def ask(self, sample: Sample) -> Sample:
-        """Return the sample without its context."""
+        """Return the sample without its context.
+
+        Raises:
+            InputError: nothing is left of it.
+        """
+        if not sample.question:
+            raise InputError(
+                "no-context asks the question alone, and here it is part of the context; use another control"
+            )
         return replace(sample, context=(), evidence=(), depth=None)
 
 

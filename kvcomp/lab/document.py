@@ -64,6 +64,7 @@ def make_evaluation_document(evaluation: Evaluation, results: Sequence[TaskResul
         "samples": evaluation.samples,
         "batch": evaluation.batch,
         "max_new_tokens": evaluation.max_new_tokens,
+        "image_processing": evaluation.bed.codec.describe_images(),
         **_circumstances(seconds),
     }
 

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kvcomp.core.strategy import Strategy
-from kvcomp.lab.answers import answer
-from kvcomp.lab.batches import QueryMode, make_batches
+from kvcomp.lab.answers import Answers, answer
+from kvcomp.lab.batches import Batch, QueryMode, make_batches
 from kvcomp.lab.controls import Method
 from kvcomp.lab.outcomes import Outcome, judge
 from kvcomp.lab.records import TaskRecord, is_learned
@@ -16,6 +16,10 @@ from kvcomp.lab.statistics import mean, wilson
 from kvcomp.lab.tasks import Task
 from kvcomp.lab.testbed import LoadedTestbed
 
+SAMPLES = 200
+"""How many samples are asked of a task that always has one more, where nobody says."""
+POOL = 16
+"""Batches whose samples are drawn, and sorted by length, together."""
 FIELDS = {
     "exact_match": "share of the answers that are right to the last token; ci is its Wilson 95 % interval",
     "score": "mean of the task's own metric, which `metric` names",
@@ -27,6 +31,7 @@ FIELDS = {
     "answer_nll": "nats per token of the reference answer under the compressed cache; of its tokens that are "
     "predicted from it, which the first one is not where the question was seen",
     "kl_to_full": "nats per token, divergence of the predictions there from those of the full cache",
+    "max_new_tokens": "length of an answer at most",
     "evidence_retention": "per layer and KV head, share of the evidence that has a slot of its own, unmerged",
 }
 
@@ -50,13 +55,16 @@ class TaskResult:
     prompt_tokens: dict[str, float]
     kv_bytes: float
     slots: float
+    max_new_tokens: int
     answer_nll: float | None = None
     kl_to_full: float | None = None
     evidence_retention: tuple[tuple[float, ...], ...] | None = None
 
     @classmethod
-    def of(cls, task: Task, outcomes: Sequence[Outcome], learned: bool | None = None) -> TaskResult:
-        """Return the means over what the samples of a task showed."""
+    def of(
+        cls, task: Task, outcomes: Sequence[Outcome], learned: bool | None = None, max_new_tokens: int | None = None
+    ) -> TaskResult:
+        """Return the means over what the samples of a task showed; without a limit of tokens, the task's own held."""
         right, lengths = sum(seen.exact_match for seen in outcomes), [seen.prompt_tokens for seen in outcomes]
         return cls(
             task=task.id,
@@ -70,6 +78,7 @@ class TaskResult:
             prompt_tokens={"least": min(lengths), "mean": sum(lengths) / len(lengths), "most": max(lengths)},
             kv_bytes=mean(seen.kv_bytes for seen in outcomes) or 0.0,
             slots=mean(seen.slots for seen in outcomes) or 0.0,
+            max_new_tokens=max_new_tokens or task.max_new_tokens,
             answer_nll=mean(seen.answer_nll for seen in outcomes),
             kl_to_full=mean(seen.kl_to_full for seen in outcomes),
             evidence_retention=_mean_retention(outcomes),
@@ -97,12 +106,13 @@ class Evaluation:
     Args:
         bed: who answers.
         method: see `find_method`.
-        samples: how many of each task, or all that it has if there are fewer.
+        samples: how many of each task, or all that it has if there are fewer; None for all, and 200 of a task that
+            always has one more.
         split: of the tasks; no training run has seen one that begins with `eval-`.
         mode: whether the question is compressed with the context; if it comes later, nothing after the context is
             compressed (`turns: append`).
         batch: samples per batch.
-        max_new_tokens: length of an answer at most.
+        max_new_tokens: length of an answer at most; None for what each task allows.
         forced: also measure likelihood, divergence and retention, which takes about as long again.
     """
 
@@ -111,11 +121,11 @@ class Evaluation:
         bed: LoadedTestbed,
         method: Method,
         *,
-        samples: int,
+        samples: int | None,
         split: str,
         mode: QueryMode = QueryMode.question_seen,
         batch: int = 20,
-        max_new_tokens: int = 16,
+        max_new_tokens: int | None = None,
         forced: bool = False,
     ) -> None:
         self.bed, self.method, self.mode = bed, method, mode
@@ -132,23 +142,37 @@ class Evaluation:
         for seen in self.outcomes(task):
             outcomes.append(seen)
             on_sample(task.id)
+        return self.result(task, outcomes)
+
+    def result(self, task: Task, outcomes: Sequence[Outcome]) -> TaskResult:
+        """Return the means over what the samples of a task showed."""
         record = self.bed.records.get(task.id)
-        return TaskResult.of(task, outcomes, None if record is None else record.learned)
+        return TaskResult.of(task, outcomes, None if record is None else record.learned, self.max_new_tokens)
 
     def outcomes(self, task: Task) -> Iterator[Outcome]:
         """Yield what each sample showed, in the order of their batches."""
-        count = self.samples if task.size is None else min(self.samples, task.size)
-        samples = [self.method.ask(task.sample(self.split, number)) for number in range(count)]
         source = f"{task.name}, split {self.split}"
-        for batch in make_batches(self.bed, source, samples, self.batch, self.mode):
-            answers = answer(
-                batch,
-                self._in_mode(self.method.strategy_for(batch)),
-                mode=self.mode,
-                max_new_tokens=self.max_new_tokens,
-                forced=self.forced,
-            )
-            yield from judge(task, batch, answers, self.mode)
+        numbers = range(self.count(task))
+        for start in range(0, len(numbers), POOL * self.batch):  # images of all samples at once may not fit
+            drawn = numbers[start : start + POOL * self.batch]
+            pool = [self.method.ask(task.sample(self.split, number)) for number in drawn]
+            for batch in make_batches(self.bed, source, pool, self.batch, self.mode, first=start):
+                yield from judge(task, batch, self._answer(task, batch), self.mode)
+
+    def count(self, task: Task) -> int:
+        """Return how many samples of a task are asked."""
+        if task.size is None:
+            return SAMPLES if self.samples is None else self.samples
+        return task.size if self.samples is None else min(self.samples, task.size)
+
+    def _answer(self, task: Task, batch: Batch) -> Answers:
+        return answer(
+            batch,
+            self._in_mode(self.method.strategy_for(batch)),
+            mode=self.mode,
+            max_new_tokens=self.max_new_tokens or task.max_new_tokens,
+            forced=self.forced,
+        )
 
     @property
     def strategy(self) -> Strategy:

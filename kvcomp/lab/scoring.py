@@ -94,6 +94,56 @@ def mmcoqa_official(prediction: str, reference: str) -> float:
     return float(normalise_official(reference) in normalise_official(prediction))
 
 
+def multi_choice_official(prediction: str, reference: str, choices: Sequence[str]) -> float:
+    """Return 1.0 where the prediction is taken for the choice that is the reference: MileBench's score of multiple
+    choice.
+
+    >>> choices = ("red cup", "blue cup", "no cup")
+    >>> [multi_choice_official(text, "blue cup", choices) for text in ("B", "(b) blue cup", "it was the blue cup")]
+    [1.0, 1.0, 1.0]
+    >>> multi_choice_official("The answer is B", "blue cup", choices)
+    0.0
+    """
+    offered = [normalise_official(choice) for choice in choices]
+    expected = normalise_official(reference)
+    return float(expected in offered and choice_official(prediction, choices) == letter(offered.index(expected)))
+
+
+def choice_official(prediction: str, choices: Sequence[str]) -> str:
+    """Return the letter of the choice that MileBench takes a prediction for.
+
+    The first of these that the normalised prediction holds: a letter with its choice, the text of a choice whatever its
+    spaces, a letter and nothing else. Else all of its characters that are letters of choices, which is why a sentence
+    about a letter rarely scores. Nothing at all counts as C.
+
+    >>> choice_official("Answer: B", ("red", "blue")), choice_official("", ("red", "blue"))
+    ('AB', 'C')
+    """
+    text = normalise_official(prediction)
+    if not text:
+        return "C"
+    offered = {letter(number): normalise_official(choice) for number, choice in enumerate(choices)}
+    labelled = [normalise_official(f"{name} {choice}") for name, choice in offered.items()]
+    if (found := _leftmost(text, labelled)) is not None:
+        return labelled[found][0].upper()
+    joined = [normalise_official(choice).replace(" ", "") for choice in offered.values()]
+    if (found := _leftmost(text.replace(" ", ""), joined)) is not None:
+        return letter(joined.index(joined[found]))
+    if len(text) <= 2 and text.upper() in offered:
+        return text.upper()
+    return "".join(character.upper() for character in text if character.upper() in offered)
+
+
+def letter(number: int) -> str:
+    """Return what MileBench calls a choice, counted from 0.
+
+    >>> letter(0), letter(25), letter(26), letter(52)
+    ('A', 'Z', 'AA', 'BA')
+    """
+    before = min(number // 26, 2)
+    return ("", "A", "B")[before] + chr(ord("A") + number - 26 * before)
+
+
 def exact_match(prediction: str, reference: str) -> float:
     """Return 1.0 where the prediction is the whole reference, white space aside.
 
@@ -126,7 +176,13 @@ SCORERS: Mapping[str, Callable[[str, str], float]] = {
     "needle_lenient": needle_lenient,
     "mmcoqa_official": mmcoqa_official,
 }
-"""Every scorer by the name of its metric: `score(prediction, reference)`."""
+"""Every scorer that needs nothing else, by the name of its metric: `score(prediction, reference)`."""
+
+
+def _leftmost(text: str, wanted: Sequence[str]) -> int | None:
+    """Return which of the texts stands first in another, of two in one place the earlier in the list."""
+    places = [(place, number) for number, part in enumerate(wanted) if (place := text.find(part)) >= 0]
+    return min(places)[1] if places else None
 
 
 def _sentences(text: str) -> list[list[str]]:

@@ -40,6 +40,7 @@ class Sample:
         evidence: what of the context the answer rests on; empty where it is not known.
         slots: the words of the answer that carry its information, by number; empty where all do.
         depth: how deep the evidence stands in the context, from 0 to 1; None where the task has no such grid.
+        choices: what a multiple-choice question offers, and its context lists; the answer is one of them.
     """
 
     context: tuple[Part, ...]
@@ -48,6 +49,7 @@ class Sample:
     evidence: tuple[Span, ...] = ()
     slots: tuple[int, ...] = ()
     depth: float | None = None
+    choices: tuple[str, ...] = ()
 
     def messages(self) -> list[dict[str, Any]]:
         """Return the prompt as one user message, in the form that `processor.apply_chat_template` takes."""
@@ -67,6 +69,7 @@ class Task(ABC):
     name: str
     metric: str = "exact match"  # what `score` measures
     size: int | None = None  # how many samples there are; None where there is always one more
+    max_new_tokens: int = 16  # length of an answer at most
 
     @property
     def id(self) -> str:
@@ -81,6 +84,10 @@ class Task(ABC):
     @abstractmethod
     def sample(self, split: str, index: int) -> Sample:
         """Return the sample with this index in a split (`train`, `test`, ...)."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a result file records of the task: all that decides its samples and its score."""
+        return {"name": self.name, "metric": self.metric, "max_new_tokens": self.max_new_tokens}
 
     def exact_match(self, prediction: str, sample: Sample) -> bool:
         """Return whether the prediction is the whole reference answer, white space aside."""

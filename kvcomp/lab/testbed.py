@@ -17,6 +17,8 @@ from kvcomp.lab.records import TaskRecord, read_records
 from kvcomp.lab.tasks import Sample
 from kvcomp.runtime.adapter import adapter_for
 
+FAILURES = (OSError, ValueError, ImportError)
+
 
 @dataclass(frozen=True)
 class LoadedTestbed:
@@ -45,19 +47,64 @@ class LoadedTestbed:
         return torch.zeros_like(inputs["input_ids"], dtype=torch.bool) if modality is None else modality > 0
 
 
-def load_testbed(folder: Path, device: torch.device | str = "cpu") -> LoadedTestbed:
-    """Return the testbed in a Hugging Face checkpoint folder, in float32.
+def load_testbed(
+    folder: Path, device: torch.device | str = "cpu", *, dtype: str = "float32", codec: Codec | None = None
+) -> LoadedTestbed:
+    """Return the testbed in a Hugging Face checkpoint folder.
+
+    Args:
+        folder: holds the checkpoint.
+        device: where the model goes.
+        dtype: of its weights; `auto` is that of the checkpoint.
+        codec: its processor, where it was loaded before; see `load_codec`.
 
     Raises:
         InputError: the folder is not there, or holds no such checkpoint, or a malformed `tasks.json`.
     """
-    if not folder.is_dir():
-        raise InputError(f"a testbed must be a checkpoint folder, and this one does not exist: {folder}")
+    _check_folder(folder)
     records = read_records(folder)
+    codec = codec or load_codec(folder)
+    try:
+        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+    except FAILURES as error:
+        raise InputError(f"the testbed in {folder} cannot be loaded: {error}") from error
+    return LoadedTestbed(folder.name, model.to(device).eval(), codec, records)
+
+
+def load_codec(folder: Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Codec:
+    """Return the processor in a Hugging Face checkpoint folder.
+
+    Args:
+        folder: holds the checkpoint.
+        min_pixels: an image with fewer is enlarged; None for what the checkpoint says. Only where its image processor
+            knows such a limit, as Qwen's do.
+        max_pixels: an image with more is made smaller; likewise.
+
+    Raises:
+        InputError: the folder is not there, or holds no processor, or one whose images have no such limit.
+    """
+    _check_folder(folder)
+    codec = _load_codec(folder)
+    limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}  # what transformers calls them
+    given = {name: value for name, value in limits.items() if value is not None}
+    if not given:
+        return codec
+    if not codec.counts_pixels:
+        raise InputError(
+            f"--min-pixels and --max-pixels need an image processor that counts pixels, and that in {folder} "
+            f"({codec.describe_images()['image_processor']}) does not"
+        )
+    return _load_codec(folder, size=codec.describe_images()["size"] | given)
+
+
+def _load_codec(folder: Path, **settings: Any) -> Codec:
     processors: Any = AutoProcessor
     try:
-        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-        processor = processors.from_pretrained(folder)
-    except (OSError, ValueError, ImportError) as error:
+        return Codec(processors.from_pretrained(folder, **settings))
+    except FAILURES as error:
         raise InputError(f"the testbed in {folder} cannot be loaded: {error}") from error
-    return LoadedTestbed(folder.name, model.to(device).eval(), Codec(processor), records)
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(f"a testbed must be a checkpoint folder, and this one does not exist: {folder}")

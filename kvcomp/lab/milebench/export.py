@@ -12,7 +12,7 @@ from PIL import Image
 
 from kvcomp.core.errors import InputError
 from kvcomp.lab.milebench.folder import folder_name
-from kvcomp.lab.milebench.names import ADVERSARIAL, KNOWN, quantity_level
+from kvcomp.lab.milebench.names import ADVERSARIAL, KNOWN, OTHERS, quantity_level
 from kvcomp.lab.milebench.schema import PLACEHOLDER, join_context
 from kvcomp.lab.scoring import SCORERS
 from kvcomp.lab.tasks import Part, Sample, Task
@@ -57,7 +57,7 @@ def export_samples(
 
 
 def _check(folder: Path, instructions: Sequence[str]) -> None:
-    if folder.name.removesuffix(ADVERSARIAL) in KNOWN:
+    if folder.name.removesuffix(ADVERSARIAL) in (*KNOWN, *OTHERS):
         raise InputError(f"a task to export must not have a name of MileBench's own, got {folder.name!r}; rename it")
     if folder.exists():
         raise InputError(f"a folder to export to must be new, and this one exists: {folder}; remove it, or use another")
@@ -88,6 +88,7 @@ def _faults(sample: Sample) -> list[str]:
     texts = [part for part in (*sample.context, sample.question) if isinstance(part, str)]
     modes = {part.mode for part in sample.context if isinstance(part, Image.Image)}
     faults = [f"a text must not look like a placeholder, got {text!r}" for text in texts if PLACEHOLDER.search(text)]
+    faults += ["choices cannot be written: a task to export asks open questions"] if sample.choices else []
     faults += [f"images must be RGB, got {mode}" for mode in sorted(modes - {"RGB"})]
     return faults + ([] if sample.answer.split() else ["the answer must not be empty"])
 
@@ -100,6 +101,7 @@ def _meta(task: Task, samples: int, instructions: Sequence[str], split: str) -> 
         "task_instruction": list(instructions),
         "question_type": "open-ended",
         "metric": task.metric if task.metric in SCORERS else EXACT,
+        "max_new_tokens": task.max_new_tokens,
     }
 
 

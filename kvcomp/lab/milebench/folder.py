@@ -10,8 +10,7 @@ from typing import Any
 from kvcomp.core.errors import DataError, InputError, suggest
 from kvcomp.lab.milebench.image_files import is_file
 from kvcomp.lab.milebench.names import ADVERSARIAL, KNOWN, canonical
-from kvcomp.lab.milebench.prompts import PlaceholderPolicy, Truncation
-from kvcomp.lab.milebench.reading import Reading, load_json, read_annotations
+from kvcomp.lab.milebench.reading import Document, Reading, load_json, read_annotations
 from kvcomp.lab.milebench.task import MileBenchTask
 
 INNER = "MileBench"
@@ -31,7 +30,7 @@ class Opened:
 
     Attributes:
         tasks: the tasks that were read, sorted by name.
-        unread: names of the others: not among the seven, and not exported by kvcomp.
+        unread: names of the others: not among the seven, and not exported by kvcomp. They are read if named.
     """
 
     tasks: tuple[MileBenchTask, ...]
@@ -42,24 +41,23 @@ def open_folder(
     root: Path,
     tasks: Sequence[str] | None = None,
     *,
-    placeholder_policy: PlaceholderPolicy = "by_index",
-    truncation: Truncation | None = None,
+    reading: Reading | None = None,
     advance: Callable[[str], None] = lambda name: None,
 ) -> Opened:
     """Return the tasks in a folder, every file and every image checked.
 
     Args:
         root: holds the folders of the tasks, or a folder `MileBench` that does.
-        tasks: names by any alias; None for all of the seven that are there and all that kvcomp exported.
-        placeholder_policy: which image a placeholder shows.
-        truncation: what is cut; None keeps everything.
+        tasks: names by any alias, also of MileBench's other tasks; None for all of the seven that are there and all
+            that kvcomp exported.
+        reading: how prompts are built; None for by index, every image by itself, nothing cut.
         advance: told the name of each task before it is read.
 
     Raises:
         InputError: there is no such folder, or nothing in it that can be read.
         DataError: with every fault of every task, each with file, sample and key.
     """
-    found, reading = locate(root), Reading(placeholder_policy, truncation)
+    found, reading = locate(root), reading or Reading()
     faults = [*([] if tasks is None else _missing(tasks, found)), *_ambiguous(found)]
     opened, unread = [], []
     for location in found:
@@ -77,9 +75,13 @@ def open_folder(
     if not opened:
         raise InputError(
             f"{root} must hold at least one task as <task>/<task>.json, or in a folder MileBench; the seven are "
-            f"{', '.join(KNOWN)}"
+            f"{', '.join(KNOWN)}{_others(unread)}"
         )
     return Opened(tuple(sorted(opened, key=lambda task: task.name)), tuple(sorted(unread)))
+
+
+def _others(unread: Sequence[str]) -> str:
+    return f". Here is {', '.join(sorted(unread))}, which is read where it is named" if unread else ""
 
 
 def locate(root: Path) -> list[Location]:
@@ -117,7 +119,7 @@ def _ambiguous(found: Sequence[Location]) -> list[str]:
     return [f"{name}: must be there once, got {names.count(name)} files" for name in KNOWN if names.count(name) > 1]
 
 
-def _load_wanted(location: Location, tasks: Sequence[str] | None) -> Any:
+def _load_wanted(location: Location, tasks: Sequence[str] | None) -> Document | None:
     """Return the document of a file; None where it is of no task that is wanted.
 
     Raises:
@@ -129,13 +131,13 @@ def _load_wanted(location: Location, tasks: Sequence[str] | None) -> Any:
         document = load_json(location.path)
     except InputError as error:
         raise DataError([str(error)], str(location.path)) from None
-    wanted = tasks is not None or location.name in KNOWN or _is_export(document)
+    wanted = tasks is not None or location.name in KNOWN or _is_export(document.content)
     return document if wanted else None
 
 
-def _open(location: Location, document: Any, reading: Reading) -> MileBenchTask:
+def _open(location: Location, document: Document, reading: Reading) -> MileBenchTask:
     file = read_annotations(location.path, location.name, document, reading)
-    exported = file.meta.dataset if _is_export(document) else ""
+    exported = file.meta.dataset if _is_export(document.content) else ""
     return MileBenchTask(exported or location.name, file, reading)
 
 

@@ -1,4 +1,4 @@
-"""The seven MileBench tasks that the FlowMM paper reports, and every name that they go by."""
+"""The tasks of MileBench: the seven that the FlowMM paper reports, the others, and every name that they go by."""
 
 from __future__ import annotations
 
@@ -33,10 +33,44 @@ SEVEN = (
     KnownTask("ImageNeedleInAHaystack", 320, 2, "ImageNeedle"),
 )
 
+OTHERS = (
+    "ActionLocalization",
+    "ActionPrediction",
+    "ActionSequence",
+    "CharacterOrder",
+    "CounterfactualInference",
+    "DocVQA",
+    "EgocentricNavigation",
+    "GPR1200",
+    "MovingAttribute",
+    "MovingDirection",
+    "MultiModalQA",
+    "OCR-VQA",
+    "ObjectExistence",
+    "ObjectInteraction",
+    "ObjectShuffle",
+    "SceneTransition",
+    "SlideVQA",
+    "StateChange",
+    "TQA",
+    "WebQA",
+    "WikiVQA",
+    "nuscenes",
+)
+"""MileBench's other tasks: read where they are named, never fetched."""
+
 KNOWN: Mapping[str, KnownTask] = {task.name: task for task in SEVEN}
+
+MULTIPLE_CHOICE = "multi-choice"
+"""The question type of the tasks that offer choices."""
 
 ADVERSARIAL = "-adv"
 """Ends the name of the file with paraphrased references, beside the usual one."""
+
+
+_BY_ALIAS = {alias.casefold(): task.name for task in SEVEN for alias in (task.name, task.short)} | {
+    name.casefold(): name for name in OTHERS
+}
 
 
 def canonical(name: str) -> str:
@@ -45,26 +79,29 @@ def canonical(name: str) -> str:
     Accepted are the paper's abbreviations, underscores for hyphens, and the names of the hub's splits, which end in
     `_test` or `_adv`; case does not matter.
 
-    >>> [canonical(name) for name in ("STD", "CLEVR_Change_test", "textneedle", "ALFRED_adv", "DocVQA")]
-    ['Spot-the-Diff', 'CLEVR-Change', 'TextNeedleInAHaystack', 'ALFRED-adv', 'DocVQA']
+    >>> [canonical(name) for name in ("STD", "CLEVR_Change_test", "textneedle", "ALFRED_adv", "ocr_vqa", "mine")]
+    ['Spot-the-Diff', 'CLEVR-Change', 'TextNeedleInAHaystack', 'ALFRED-adv', 'OCR-VQA', 'mine']
     """
     folded = name.casefold().replace("_", "-").removesuffix("-test")
-    variant = ADVERSARIAL if folded.endswith(ADVERSARIAL) else ""
-    for task in SEVEN:
-        if folded.removesuffix(ADVERSARIAL) in (task.name.casefold(), task.short.casefold()):
-            return task.name + variant
-    return name
+    known = _BY_ALIAS.get(folded.removesuffix(ADVERSARIAL))
+    if known is None:
+        return name
+    return known + (ADVERSARIAL if folded.endswith(ADVERSARIAL) else "")
 
 
-def official_metric(name: str) -> str:
+def official_metric(name: str, question_type: str = "open-ended") -> str:
     """Return the official scorer of a task. MileBench asks for the name first, and for the question type only then.
 
     >>> [official_metric(name) for name in ("TextNeedleInAHaystack", "MMCoQA", "IEdit")]
     ['needle_official', 'mmcoqa_official', 'rouge_l_official']
+    >>> official_metric("ActionSequence", MULTIPLE_CHOICE)
+    'multi_choice_official'
     """
     if "NeedleInAHaystack" in name:
         return "needle_official"
-    return "mmcoqa_official" if "MMCoQA" in name else "rouge_l_official"
+    if "MMCoQA" in name:
+        return "mmcoqa_official"
+    return "multi_choice_official" if question_type == MULTIPLE_CHOICE else "rouge_l_official"
 
 
 def quantity_level(images: int) -> str:

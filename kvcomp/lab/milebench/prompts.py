@@ -9,6 +9,8 @@ Two policies say which image a placeholder shows:
   placeholders that are left without an image vanish. Between two placeholders in a row, and after them, stands a new
   line; of three in a row the pairs do not overlap.
 
+In combined mode one image shows all, in front of everything, and placeholders become their names.
+
 Deviations from the official scripts: a number without an image stays in the text there and here under `official`; a
 placeholder for which no image is left makes the scripts fail, here it vanishes.
 """
@@ -26,6 +28,10 @@ PlaceholderPolicy = Literal["by_index", "official"]
 
 IMAGE = "<ImageHere>"
 """The scripts' own mark for an image. A context that holds it as text shows an image there, under `official` only."""
+
+
+UNLETTERED = "GPR1200"
+"""The task whose choices have no letters in the prompt: it has more of them than the alphabet."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,33 @@ def build_prompt(
     if policy == "official":
         prompt = part_adjacent(prompt)
     return replace(prompt, texts=(f"{instruction}\n{prompt.texts[0]}", *prompt.texts[1:]))
+
+
+def build_combined(context: str, num_images: int, instruction: str, truncation: Truncation | None) -> Prompt:
+    r"""Return the prompt of a context whose images are shown as one, which is image 0 here. Nobody counts its tokens.
+
+    >>> build_combined("a {image#2} b", 2, "Look.", None)
+    Prompt(texts=('', '\nLook.\na <Image 2>  b'), images=(0,))
+    """
+
+    def name(match: re.Match[str]) -> str:
+        return f"<Image {int(match[1])}> " if 1 <= int(match[1]) <= num_images else match[0]
+
+    prompt = Prompt((PLACEHOLDER.sub(name, context),), ())
+    if truncation is not None:
+        prompt = truncate(prompt, truncation.budget(instruction), truncation)
+    return Prompt(("", f"\n{instruction}\n{prompt.texts[0]}"), (0,))
+
+
+def add_choices(context: str, choices: Sequence[str], task: str) -> str:
+    r"""Return a context with the choices of a task behind it.
+
+    >>> add_choices("Which?", ("red", "blue"), "TQA")
+    'Which?\nChoice list: \nA. red\nB. blue\nYour answer is: '
+    """
+    letters = ["" if task == UNLETTERED else f"{chr(ord('A') + number)}. " for number in range(len(choices))]
+    lines = "\n".join(map(str.__add__, letters, choices))
+    return f"{context}\nChoice list: \n{lines}\nYour answer is: "
 
 
 def place_by_index(context: str) -> Prompt:

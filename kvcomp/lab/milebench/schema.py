@@ -1,8 +1,8 @@
 """The annotation file of a MileBench task, as pydantic models.
 
-Keys that kvcomp does not read (`combined_1_images`, `images_number`, ...) are allowed. Four keys of a task instance and
-one of the meta data are kvcomp's own; the exporter writes them so that a sample comes back as it was, and MileBench's
-scripts do not look at them: `question`, `parts`, `evidence`, `slots`, `depth`, and `metric`.
+Keys that kvcomp does not read (`images_number`, ...) are allowed. Five keys of a task instance and two of the meta data
+are kvcomp's own; the exporter writes them so that a sample comes back as it was, and MileBench's scripts do not look at
+them: `question`, `parts`, `evidence`, `slots`, `depth`, `metric`, and `max_new_tokens`.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ class Meta(Model):
         split: which part of the benchmark.
         num_sample: how many samples the file's author counted.
         task_instruction: paraphrases of the instruction, by number; a list or a mapping in the file.
-        question_type: `open-ended`; also where it is empty or missing.
-        metric: name of a scorer; None where MileBench's rule for the name of the task decides.
+        question_type: `open-ended`, also where it is empty or missing, or `multi-choice`.
+        metric: name of a scorer; None where MileBench's rule for name and question type decides.
+        max_new_tokens: length of an answer at most; None for what MileBench's scripts allow.
     """
 
     dataset: str = ""
@@ -62,6 +63,7 @@ class Meta(Model):
     task_instruction: Instructions
     question_type: str = ""
     metric: str | None = None
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
     def _check_metric(self) -> Meta:
@@ -76,7 +78,8 @@ class TaskInstance(Model):
     Attributes:
         context: text with placeholders; MileBench's question is the end of it.
         images_path: image files; the k-th belongs to placeholder k.
-        choice_list: must be empty: no task that kvcomp reads offers choices.
+        choice_list: what a multiple-choice question offers; it follows the context.
+        combined_1_images: one image file that shows all images of the sample, in a list.
         question: the end of the context, where it is known to be a part of its own.
         parts: the context without the question, part by part; an image is its placeholder.
         evidence: what of the parts the answer rests on.
@@ -86,18 +89,13 @@ class TaskInstance(Model):
 
     context: str
     images_path: tuple[str, ...]
-    choice_list: tuple[str, ...] = ()
+    choice_list: tuple[str, ...] | None = None
+    combined_1_images: tuple[str, ...] | None = None
     question: str | None = None
     parts: tuple[str, ...] | None = None
     evidence: tuple[Span, ...] = ()
     slots: tuple[int, ...] = ()
     depth: Annotated[float, Field(ge=0, le=1)] | None = None
-
-    @model_validator(mode="after")
-    def _check_choices(self) -> TaskInstance:
-        if self.choice_list:
-            raise ValueError("choice_list must be empty: kvcomp reads open-ended tasks, not multiple choice")
-        return self
 
     @model_validator(mode="after")
     def _check_parts(self) -> TaskInstance:

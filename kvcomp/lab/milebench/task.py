@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from kvcomp.core.errors import InputError
 from kvcomp.lab.images import open_image
+from kvcomp.lab.milebench.grid import draw_grid
 from kvcomp.lab.milebench.names import official_metric
-from kvcomp.lab.milebench.prompts import Prompt, build_prompt
+from kvcomp.lab.milebench.prompts import Prompt, add_choices, build_combined, build_prompt
 from kvcomp.lab.milebench.reading import AnnotationFile, Item, Reading
 from kvcomp.lab.milebench.schema import PLACEHOLDER, TaskInstance
-from kvcomp.lab.scoring import SCORERS, needle_lenient
+from kvcomp.lab.scoring import SCORERS, multi_choice_official, needle_lenient
 from kvcomp.lab.tasks import Part, Sample, Task
 
 TRAIN = "train"
+MAX_NEW_TOKENS = 512
+"""What MileBench's scripts allow an answer."""
+
+Piece = str | int
+"""What a prompt is made of: a text, or the place of an image in `MileBenchTask.image_files`."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class MileBenchTask(Task):
         reading: how prompts are built.
         metric: name of the official scorer.
         size: how many samples there are.
+        max_new_tokens: length of an answer at most: 512 as in MileBench's scripts, of exported samples the task's own.
     """
 
     name: str
@@ -38,17 +45,20 @@ class MileBenchTask(Task):
     reading: Reading = field(default_factory=Reading)
     metric: str = field(init=False)
     size: int = field(init=False)  # type: ignore[assignment]
+    max_new_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "metric", self.file.meta.metric or official_metric(self.name))
+        meta = self.file.meta
+        object.__setattr__(self, "metric", meta.metric or official_metric(self.name, meta.question_type))
         object.__setattr__(self, "size", len(self.file.items))
+        object.__setattr__(self, "max_new_tokens", meta.max_new_tokens or MAX_NEW_TOKENS)
 
     def sample(self, split: str, index: int) -> Sample:
         """Return the sample at this place of the file.
 
         A sample that kvcomp exported comes back as it was. Any other has the instruction and the whole context,
-        question included, as its context. So has every sample under the policy `official` and under truncation: that
-        is what MileBench's scripts show.
+        question included, as its context. So has every sample under the policy `official`, under truncation and in
+        combined mode: that is what MileBench's scripts show.
 
         Raises:
             InputError: there is no such sample, or the split is `train`, or an image was damaged since it was checked.
@@ -59,16 +69,42 @@ class MileBenchTask(Task):
             raise InputError(f"{self.name} has {self.size} samples, 0 to {self.size - 1}, and no sample {index}")
         item = self.file.items[index]
         try:
-            return self._as_exported(item) if self._is_exported(item) else self._as_shown(item)
+            context = tuple(
+                piece if isinstance(piece, str) else self._open(item, piece) for piece in self.pieces(index)
+            )
         except InputError as error:
             raise InputError(f"{self.file.path}: sample {item.annotation.sample_id}: {error}") from None
+        return self._as_exported(item, context) if self._is_exported(item) else self._as_shown(item, context)
+
+    def pieces(self, index: int) -> tuple[Piece, ...]:
+        """Return the context of a sample; an image is its place in `image_files`."""
+        item = self.file.items[index]
+        if self._is_exported(item):
+            return tuple(_to_piece(part) for part in item.annotation.task_instance.parts or ())
+        prompt = self.prompt(item)
+        images = [number for number in prompt.images if number is not None]
+        between = [piece for pair in zip(images, prompt.texts[1:], strict=True) for piece in pair]
+        return tuple(piece for piece in (prompt.texts[0], *between) if piece != "")
+
+    def image_files(self, index: int) -> tuple[str, ...]:
+        """Return the images of a sample as its file names them."""
+        instance = self.file.items[index].annotation.task_instance
+        if self.reading.images == "separate":
+            return instance.images_path
+        return instance.combined_1_images or (f"drawn of {len(instance.images_path)} images",)
 
     def sample_id(self, index: int) -> int:
         """Return the number that MileBench's result files know a sample by."""
         return self.file.items[index].annotation.sample_id
 
+    def describe(self) -> dict[str, Any]:
+        """Return what a result file records of the task: also its file's checksum, and how prompts are built."""
+        return super().describe() | {"sha256": self.file.sha256, **self.reading.describe()}
+
     def score(self, prediction: str, sample: Sample) -> float:
         """Return the official score of a prediction."""
+        if self.metric == "multi_choice_official":
+            return multi_choice_official(prediction, sample.answer, sample.choices)
         return SCORERS[self.metric](prediction, sample.answer)
 
     def scores(self, prediction: str, sample: Sample) -> dict[str, float]:
@@ -81,8 +117,12 @@ class MileBenchTask(Task):
         annotation = item.annotation
         instruction = self.file.meta.task_instruction[annotation.task_instruction_id]
         instance, reading = annotation.task_instance, self.reading
-        count = len(instance.images_path)
-        return build_prompt(instance.context, count, instruction, reading.placeholder_policy, reading.truncation)
+        context, count = instance.context, len(instance.images_path)
+        if instance.choice_list is not None:
+            context = add_choices(context, instance.choice_list, self.name)
+        if reading.images == "combined":
+            return build_combined(context, count, instruction, reading.truncation)
+        return build_prompt(context, count, instruction, reading.placeholder_policy, reading.truncation)
 
     def summary(self) -> dict[str, int]:
         """Return the number of samples, images shown, repeated placeholders, and images that nothing names."""
@@ -92,13 +132,19 @@ class MileBenchTask(Task):
         return dict(counts)
 
     def _is_exported(self, item: Item) -> bool:
-        plain = self.reading.placeholder_policy == "by_index" and self.reading.truncation is None
-        return plain and item.annotation.task_instance.parts is not None
+        return self.reading.plain and item.annotation.task_instance.parts is not None
 
-    def _as_exported(self, item: Item) -> Sample:
-        annotation = item.annotation
-        instance = annotation.task_instance
-        context = tuple(_open_part(part, item) for part in instance.parts or ())
+    def _open(self, item: Item, piece: Piece) -> Part:
+        if isinstance(piece, str):
+            return piece
+        if self.reading.images == "separate":
+            return open_image(item.images[piece])
+        if item.combined is not None:
+            return open_image(item.combined)
+        return draw_grid([open_image(path) for path in item.images])
+
+    def _as_exported(self, item: Item, context: tuple[Part, ...]) -> Sample:
+        annotation, instance = item.annotation, item.annotation.task_instance
         return Sample(
             context,
             instance.question or "",
@@ -108,17 +154,14 @@ class MileBenchTask(Task):
             instance.depth,
         )
 
-    def _as_shown(self, item: Item) -> Sample:
-        prompt = self.prompt(item)
-        images: Sequence[Part] = [open_image(item.images[number]) for number in prompt.images if number is not None]
-        between = [part for pair in zip(images, prompt.texts[1:], strict=True) for part in pair]
-        context = tuple(part for part in (prompt.texts[0], *between) if part != "")
-        return Sample(context, "", item.annotation.response)
+    def _as_shown(self, item: Item, context: tuple[Part, ...]) -> Sample:
+        choices = item.annotation.task_instance.choice_list or ()
+        return Sample(context, "", item.annotation.response, choices=choices)
 
 
-def _open_part(part: str, item: Item) -> Part:
+def _to_piece(part: str) -> Piece:
     match = PLACEHOLDER.fullmatch(part)
-    return open_image(item.images[int(match[1]) - 1]) if match else part
+    return int(match[1]) - 1 if match else part
 
 
 def _count_images(instance: TaskInstance) -> dict[str, int]:

@@ -108,9 +108,59 @@ def test_what_is_learned_comes_from_the_records(bed, echo):
 
 
 def test_a_result_becomes_the_record_of_a_model():
-    row = TaskResult("recall_hard", "exact match", 100, None, 0.92, (0.8, 0.95), 0.92, 0.95, {"most": 213}, 1.0, 2.0)
+    row = TaskResult(
+        "recall_hard", "exact match", 100, None, 0.92, (0.8, 0.95), 0.92, 0.95, {"most": 213}, 1.0, 2.0, 16
+    )
     expected = TaskRecord(exact_match=0.92, ci=(0.8, 0.95), samples=100, reference_tokens=213, learned=True)
     assert row.record(RecallHard()) == expected
+
+
+class Finite:
+    """Mixed into a task: it has an end, and an answer of its own length."""
+
+    size, max_new_tokens = 4, 3
+
+
+def test_all_samples_of_a_finite_task_are_asked_unless_fewer_are_wanted(bed, echo):
+    class Few(Finite, echo):
+        pass
+
+    assert [evaluation(bed, samples=wanted).count(Few()) for wanted in (None, 3, 9)] == [4, 3, 4]
+    assert evaluation(bed, samples=None).count(echo()) == 200
+    assert evaluation(bed, samples=None).run(Few()).samples == 4
+
+
+def test_an_answer_is_as_long_as_its_task_allows_unless_it_is_said(bed, echo):
+    class Few(Finite, echo):
+        pass
+
+    lengths = {}
+    for limit in (None, 2):
+        run = evaluation(bed, max_new_tokens=limit, samples=2)
+        lengths[limit] = max(len(bed.codec.encode_text(seen.prediction)) for seen in run.outcomes(Few()))
+        assert run.run(Few()).max_new_tokens == (limit or 3)
+    assert lengths[None] <= 3
+    assert lengths[2] <= 2
+
+
+def test_samples_are_drawn_a_pool_at_a_time(bed, echo, monkeypatch):
+    monkeypatch.setattr("kvcomp.lab.evaluation.POOL", 1)
+    drawn = []
+
+    class Watched(echo):
+        def sample(self, split, index):
+            drawn.append(index)
+            return super().sample(split, index)
+
+    outcomes = evaluation(bed, samples=5, batch=2).outcomes(Watched())
+    first = next(outcomes)
+    assert drawn == [0, 1]
+    numbers = [first.number, *(seen.number for seen in outcomes)]
+    assert sorted(numbers) == [0, 1, 2, 3, 4]
+    monkeypatch.undo()
+    whole = {seen.number: seen.prediction for seen in evaluation(bed, samples=5, batch=2).outcomes(echo())}
+    monkeypatch.setattr("kvcomp.lab.evaluation.POOL", 1)
+    assert {seen.number: seen.prediction for seen in evaluation(bed, samples=5, batch=2).outcomes(echo())} == whole
 
 
 def test_progress_is_told_once_for_each_sample(bed, echo):

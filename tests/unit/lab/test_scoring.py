@@ -11,8 +11,10 @@ from rouge import Rouge
 from kvcomp.lab.scoring import (
     PUNCTUATION,
     SCORERS,
+    choice_official,
     exact_match,
     mmcoqa_official,
+    multi_choice_official,
     needle_lenient,
     needle_official,
     normalise_official,
@@ -173,3 +175,43 @@ def test_every_scorer_gives_a_float_between_0_and_1(name):
 def test_exact_match_is_of_all_words():
     assert exact_match(" answer : 4 \n0", "answer : 4 0") == 1.0
     assert exact_match("answer : 4 0 0", "answer : 4 0") == 0.0
+
+
+CUPS = ("A red cup.", "The blue cup", "no cup", "3,000 cups")
+
+
+@pytest.mark.parametrize(
+    ("prediction", "taken"),
+    [
+        ("B", "B"),
+        ("B.", "B"),
+        ("(B)", "B"),
+        ("b", "B"),
+        ("B. The blue cup", "B"),
+        ("the  bluecup!", "B"),  # spaces do not matter
+        ("no cup, or the blue cup", "C"),  # the leftmost
+        ("d 3000 cups", "D"),
+        ("The answer is B", "AB"),
+        ("Answer: B", "AB"),
+        ("", "C"),
+        ("?!", "C"),
+        ("zzz", ""),
+        ("E", ""),
+    ],
+)
+def test_choices_are_found_as_mile_bench_finds_them(prediction, taken):
+    assert choice_official(prediction, CUPS) == taken
+    for number, reference in enumerate(CUPS):
+        assert multi_choice_official(prediction, reference, CUPS) == float(taken == "ABCD"[number])
+
+
+def test_of_equal_choices_the_first_counts_and_past_z_letters_come_in_pairs():
+    assert multi_choice_official("blue", "blue", ("red", "blue", "BLUE.")) == 1.0
+    assert choice_official("blue", ("red", "blue", "BLUE.")) == "B"
+    many = [f"item {number}" for number in range(80)]
+    assert choice_official("item 27", many[:28]) == "C"  # `item 2` stands there too, and comes first
+    assert choice_official("ab", ["x" * 9] * 28) == "AB"
+
+
+def test_a_reference_that_nobody_offers_never_scores():
+    assert multi_choice_official("red", "red", ("blue", "green")) == 0.0

@@ -11,7 +11,7 @@ from PIL import Image
 
 from kvcomp.core.errors import InputError
 from kvcomp.core.registry import registry
-from kvcomp.lab.milebench import Truncation, export_samples, open_folder
+from kvcomp.lab.milebench import Reading, Truncation, export_samples, open_folder
 from kvcomp.lab.milebench.prompts import build_prompt
 from kvcomp.lab.tasks import Sample, Span, Task
 
@@ -20,6 +20,8 @@ INSTRUCTIONS = ("Look.", "Read.", "Answer.")
 
 class Made(Task):
     """A task whose samples are never drawn."""
+
+    max_new_tokens = 24
 
     def __init__(self, name: str = "fake/made", metric: str = "needle_official") -> None:
         self.name, self.metric = name, metric
@@ -47,6 +49,7 @@ def test_what_is_read_equals_what_was_written(tmp_path):
     opened = open_folder(tmp_path)
     (task,) = opened.tasks
     assert (task.name, task.metric, task.size) == ("fake/made", "needle_official", len(SAMPLES))
+    assert task.max_new_tokens == 24
     assert [task.sample("any", index) for index in range(task.size)] == SAMPLES
     assert not list(tmp_path.glob(".*"))
 
@@ -61,6 +64,7 @@ def test_the_file_is_in_mile_benchs_schema(tmp_path):
         "task_instruction": list(INSTRUCTIONS),
         "question_type": "open-ended",
         "metric": "needle_official",
+        "max_new_tokens": 24,
     }
     first, second, *_ = document["data"]
     assert first["task_instance"]["context"] == "one {image#1} {image#2} a\ntext    which ?"
@@ -74,8 +78,8 @@ def test_the_file_is_in_mile_benchs_schema(tmp_path):
 def test_a_harness_that_knows_no_parts_reads_instruction_and_whole_context(tmp_path):
     export_samples(Made(), SAMPLES, tmp_path, INSTRUCTIONS)
     expected = build_prompt("one {image#1} {image#2} a\ntext    which ?", 2, "Look.", "official", None)
-    for options in ({"placeholder_policy": "official"}, {"truncation": Truncation(99, 1, list, "".join)}):
-        (task,) = open_folder(tmp_path, **options).tasks
+    for reading in (Reading("official"), Reading(truncation=Truncation(99, 1, list, "".join))):
+        (task,) = open_folder(tmp_path, reading=reading).tasks
         sample = task.sample("test", 0)
         texts = [part for part in sample.context if isinstance(part, str)]
         assert texts[0] == expected.texts[0]
@@ -108,7 +112,7 @@ def test_a_metric_that_is_no_scorer_becomes_exact_match(tmp_path):
     assert open_folder(tmp_path).tasks[0].metric == "exact match"
 
 
-@pytest.mark.parametrize("name", ["ALFRED", "STD", "CLEVR_Change", "ALFRED_adv", "mmcoqa"])
+@pytest.mark.parametrize("name", ["ALFRED", "STD", "CLEVR_Change", "ALFRED_adv", "mmcoqa", "docvqa"])
 def test_nothing_is_exported_under_a_name_of_mile_bench(tmp_path, name):
     with pytest.raises(InputError, match="must not have a name of MileBench's own"):
         export_samples(Made(name), SAMPLES, tmp_path, INSTRUCTIONS)
@@ -119,6 +123,7 @@ def test_every_sample_that_cannot_be_written_is_named_and_nothing_stays(tmp_path
         SAMPLES[0],
         Sample(("see {image#1}",), "", "a"),
         Sample((Image.new("RGBA", (2, 2)),), "{table#2}", " "),
+        Sample((), "which ?", "a", choices=("a", "b")),
     ]
     with pytest.raises(InputError) as caught:
         export_samples(Made(), wrong, tmp_path, INSTRUCTIONS)
@@ -128,6 +133,7 @@ def test_every_sample_that_cannot_be_written_is_named_and_nothing_stays(tmp_path
         "  sample 2: a text must not look like a placeholder, got '{table#2}'",
         "  sample 2: images must be RGB, got RGBA",
         "  sample 2: the answer must not be empty",
+        "  sample 3: choices cannot be written: a task to export asks open questions",
     ]
     assert list(tmp_path.iterdir()) == []
 

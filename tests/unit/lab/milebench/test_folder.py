@@ -10,7 +10,7 @@ from milebench_folders import ALFRED, MMCOQA, NEEDLE, record, write_seven, write
 from PIL import Image
 
 from kvcomp.core.errors import DataError, InputError
-from kvcomp.lab.milebench import SEVEN, Truncation, open_folder
+from kvcomp.lab.milebench import SEVEN, Reading, Truncation, open_folder
 from kvcomp.lab.milebench.image_files import find_image
 from kvcomp.lab.tasks import Sample
 
@@ -148,7 +148,7 @@ def test_repeated_placeholders_and_unused_images_are_counted(tmp_path):
 
 def test_the_official_policy_pairs_from_the_end(tmp_path):
     write_task(tmp_path, "IEdit", [record(0, "{image#1}{image#1} {image#3}", ["0.png", "1.png", "2.png"])])
-    task = only(tmp_path, placeholder_policy="official")
+    task = only(tmp_path, reading=Reading("official"))
     pixels = [part.getpixel((0, 0)) for part in task.sample("test", 0).context if isinstance(part, Image.Image)]
     assert pixels == [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
     assert task.reading.describe()["placeholder_policy"] == "official"
@@ -157,11 +157,12 @@ def test_the_official_policy_pairs_from_the_end(tmp_path):
 def test_truncation_is_recorded_and_cuts(tmp_path):
     write_task(tmp_path, "ALFRED", [ALFRED])
     cut = Truncation(8, 2, str.split, " ".join)
-    task = only(tmp_path, truncation=cut)
+    task = only(tmp_path, reading=Reading(truncation=cut))
     assert task.sample("test", 0).context[0] == "What now?\nStep#2: Pick up."
     assert task.sample("test", 0).context[-1] == "Next:"
     assert task.reading.describe() == {
         "placeholder_policy": "by_index",
+        "images": "separate",
         "max_context_len": 8,
         "tokens_per_image": 2,
     }
@@ -170,7 +171,7 @@ def test_truncation_is_recorded_and_cuts(tmp_path):
 
 def test_a_window_that_the_instruction_fills_is_a_fault(tmp_path):
     write_task(tmp_path, "ALFRED", [ALFRED])
-    faults = faults_of(tmp_path, truncation=Truncation(2, 2, str.split, " ".join))
+    faults = faults_of(tmp_path, reading=Reading(truncation=Truncation(2, 2, str.split, " ".join)))
     fault = "ALFRED/ALFRED.json: meta_data.task_instruction[{}]: leaves nothing of max_context_len=2; use a larger one"
     assert faults == (fault.format(1), fault.format(2))
 
@@ -197,7 +198,7 @@ def test_a_window_that_the_instruction_fills_is_a_fault(tmp_path):
         ),
         ("task_instance.images_path", ["6.png", "7.png", "x.jpg"], "images_path[2]: no such image: 'x.jpg'; looked in"),
         ("task_instance.images_path", ["6.png", "7.png", "../8.png"], "images_path[2]: must be a path inside"),
-        ("task_instance.choice_list", ["a"], "task_instance: choice_list must be empty"),
+        ("task_instance.choice_list", "a", "sample 3: task_instance.choice_list: must be a valid array"),
         ("task_instance.question", "Next:", "task_instance: question and parts must come together"),
         ("response", ..., "sample 3: response: is missing"),
         ("response", "", "sample 3: response must not be empty"),
@@ -218,9 +219,14 @@ def test_a_fault_names_file_sample_and_key(tmp_path, key, value, fault):
     ("meta", "fault"),
     [
         (
-            {"question_type": "multi-choice"},
-            "meta_data.question_type: must be 'open-ended' or empty, got 'multi-choice'",
+            {"question_type": "essay"},
+            "meta_data.question_type: must be 'open-ended', 'multi-choice' or empty, got 'essay'",
         ),
+        (
+            {"question_type": "multi-choice"},
+            "sample 3: task_instance.choice_list: must hold the choices of a multiple-choice question, got none",
+        ),
+        ({"max_new_tokens": 0}, "meta_data.max_new_tokens: must be greater than or equal to 1, got 0"),
         ({"task_instruction": "Look."}, "meta_data.task_instruction: must be an object, got 'Look.'"),
         ({"task_instruction": [1]}, "meta_data.task_instruction[0]: must be a valid string, got 1"),
         ({"task_instruction": {"first": "a"}}, "meta_data.task_instruction.first"),
@@ -290,8 +296,106 @@ def test_a_task_in_both_layouts_is_a_fault(tmp_path):
 def test_a_placeholder_too_many_is_read_under_the_official_policy(tmp_path):
     write_task(tmp_path, "IEdit", [record(0, "{image#1} {image#2}", ["0.png"])])
     assert "the placeholder policy 'official' reads it" in faults_of(tmp_path)[0]
-    sample = only(tmp_path, placeholder_policy="official").sample("test", 0)
+    sample = only(tmp_path, reading=Reading("official")).sample("test", 0)
     assert sample.context[-1] == " {image#2}"
+
+
+# --- multiple choice ---
+
+CHOICE = record(4, "{image#1} What is it?", ["0.png"], "a blue cup", choice_list=["a red cup", "a blue cup", "none"])
+
+
+def test_multiple_choice_lists_its_choices_and_is_scored_by_them(tmp_path):
+    write_task(tmp_path, "ActionSequence", [CHOICE], question_type="multi-choice")
+    (task,) = open_folder(tmp_path, ["actionsequence_test"]).tasks
+    sample = task.sample("test", 0)
+    assert (task.metric, task.max_new_tokens) == ("multi_choice_official", 512)
+    assert sample.choices == ("a red cup", "a blue cup", "none")
+    listed = " What is it?\nChoice list: \nA. a red cup\nB. a blue cup\nC. none\nYour answer is: "
+    assert sample.context[-1] == listed
+    assert [task.score(text, sample) for text in ("B", "It is a blue cup.", "The answer is B", "")] == [1, 1, 0, 0]
+
+
+def test_the_task_with_hundreds_of_choices_has_no_letters(tmp_path):
+    write_task(tmp_path, "GPR1200", [CHOICE], question_type="multi-choice")
+    (task,) = open_folder(tmp_path, ["gpr1200"]).tasks
+    assert "\na red cup\na blue cup\n" in task.sample("test", 0).context[-1]
+
+
+def test_open_ended_choices_are_shown_and_the_score_stays_rouge(tmp_path):
+    write_task(tmp_path, "ALFRED", [CHOICE])
+    task = only(tmp_path)
+    assert task.metric == "rouge_l_official"
+    assert "Choice list" in task.sample("test", 0).context[-1]
+
+
+def test_a_reference_that_is_no_choice_is_a_fault(tmp_path):
+    write_task(tmp_path, "TQA", [changed(CHOICE, "response", "a green cup")], question_type="multi-choice")
+    (fault,) = faults_of(tmp_path, ["TQA"])
+    assert "sample 4: response: must be one of the 3 choices of choice_list, got 'a green cup'" in fault
+    write_task(tmp_path, "TQA", [changed(CHOICE, "response", "A blue cup.")], question_type="multi-choice")
+    assert open_folder(tmp_path, ["TQA"]).tasks[0].size == 1
+
+
+# --- combined images ---
+
+COMBINED = Reading(images="combined")
+
+
+def test_combined_mode_shows_the_one_image_first_and_names_the_others(tmp_path):
+    path = write_task(tmp_path, "ALFRED", [ALFRED])
+    (path.parent / "combined_1_images").mkdir()
+    Image.new("RGB", (8, 8), "purple").save(path.parent / "combined_1_images" / "3-0.jpg")
+    task = only(tmp_path, reading=COMBINED)
+    image, text = task.sample("test", 0).context
+    red, green, blue = image.getpixel((0, 0))
+    assert max(red, blue) > 100 > green
+    assert text.startswith(
+        "\nWhat now?\nYour Main Goal: Put a cup away. Step Details: <Image 1> Step#1: Walk. <Image 2> "
+    )
+    assert task.image_files(0) == ("3-0.jpg",)
+    assert task.describe()["images"] == "combined"
+
+
+def test_combined_mode_draws_what_the_folder_does_not_have(tmp_path):
+    write_task(tmp_path, "ALFRED", [changed(ALFRED, "task_instance.combined_1_images", ...)])
+    task = only(tmp_path, reading=COMBINED)
+    image = task.sample("test", 0).context[0]
+    assert image.size == (1600, 1600)
+    corners = [image.getpixel(place) for place in ((5, 5), (1595, 5), (5, 805), (1595, 1595))]
+    assert corners == [(255, 0, 0), (0, 128, 0), (0, 0, 255), (0, 0, 0)]
+    assert image.crop((0, 700, 800, 800)).getextrema() == ((0, 255), (0, 255), (0, 255))  # the caption
+    assert task.image_files(0) == ("drawn of 3 images",)
+
+
+@pytest.mark.parametrize(
+    ("named", "fault"),
+    [
+        (
+            ["none.jpg"],
+            "task_instance.combined_1_images[0]: no such image: 'none.jpg'; looked in ALFRED/combined_1_images",
+        ),
+        (["../x.jpg"], "task_instance.combined_1_images[0]: must be a path inside the task's folder"),
+        (["a.jpg", "b.jpg"], "task_instance.combined_1_images: must name one image, got 2"),
+    ],
+)
+def test_faults_of_combined_images(tmp_path, named, fault):
+    write_task(tmp_path, "ALFRED", [changed(ALFRED, "task_instance.combined_1_images", named)])
+    (found,) = faults_of(tmp_path, reading=COMBINED)
+    assert fault in found
+    assert only(tmp_path).size == 1  # nobody looks at them where images are separate
+
+
+def test_combined_mode_needs_an_image(tmp_path):
+    write_task(tmp_path, "ALFRED", [record(0, "No image.", [])])
+    assert "combined mode must have an image to show" in faults_of(tmp_path, reading=COMBINED)[0]
+
+
+def test_combined_mode_cuts_the_text_and_counts_no_image(tmp_path):
+    write_task(tmp_path, "ALFRED", [changed(ALFRED, "task_instance.combined_1_images", ...)])
+    cut = Truncation(5, 100, str.split, " ".join)
+    task = only(tmp_path, reading=Reading(truncation=cut, images="combined"))
+    assert task.sample("test", 0).context[1] == "\nWhat now?\n<Image 3> Next:"
 
 
 # --- folders ---
@@ -303,6 +407,9 @@ def test_other_tasks_are_named_and_not_read(tmp_path):
     (tmp_path / "notes").mkdir()
     opened = open_folder(tmp_path)
     assert ([task.name for task in opened.tasks], opened.unread) == (["ALFRED"], ("DocVQA",))
+    (tmp_path / "ALFRED" / "ALFRED.json").unlink()
+    with pytest.raises(InputError, match="Here is DocVQA, which is read where it is named"):
+        open_folder(tmp_path)
 
 
 def test_a_broken_task_that_nobody_asked_for_does_not_matter(tmp_path):
