@@ -7,6 +7,7 @@ KVCompError
 ├── DuplicateNameError (ValueError)      two plugins claim one name
 ├── BudgetError (ValueError)             a budget that cannot be read or cannot be met; `smallest` says what could
 ├── InputError (ValueError)              an image file, a prompt or a folder that cannot be used
+├── ResultsError (OSError)               a folder of results that cannot be read or written
 ├── UnsupportedModelError (TypeError)    a model that cannot be compressed
 └── UnsupportedUseError (RuntimeError)   a supported model, used in a way that would give wrong results
 KVCompWarning (UserWarning)
@@ -30,6 +31,7 @@ __all__ = [
     "KVCompError",
     "KVCompWarning",
     "PluginWarning",
+    "ResultsError",
     "UnknownNameError",
     "UnsupportedModelError",
     "UnsupportedUseError",
@@ -84,6 +86,10 @@ class BudgetError(KVCompError, ValueError):
 
 class InputError(KVCompError, ValueError):
     """An input file, prompt or folder that cannot be used."""
+
+
+class ResultsError(KVCompError, OSError):
+    """A folder of results that cannot be read or written."""
 
 
 class UnsupportedModelError(KVCompError, TypeError):
