@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class CompressedCache(Cache):
         decoder: gives the text model while it runs the attention function that the cache needs, else None.
         defer: compress at `finish()` or at the first forward of one token, as if all chunks had been one.
         reserve: slots of room that each layer takes at the first decoded token.
+        serves: strategies whose caches go on from a snapshot of this one, which looks for them and compresses nothing.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class CompressedCache(Cache):
         *,
         defer: bool = False,
         reserve: int | None = None,
+        serves: Sequence[Strategy] = (),
     ) -> None:
         if reserve is not None and (type(reserve) is not int or reserve < 1):
             raise InputError(f"reserve must be a whole number of slots, at least 1, got {reserve!r}")
@@ -61,7 +63,12 @@ class CompressedCache(Cache):
         self.decoder = decoder
         self.defer = defer
         self.reserve = reserve
-        self.reads_rotary, self.recompresses = strategy.reads_rotary, strategy.recompresses
+        self.serves = tuple(serves)
+        members = (strategy, *self.serves)
+        self.observations = tuple(dict.fromkeys(seen for member in members for seen in member.observations))
+        self.reads_rotary = any(member.reads_rotary for member in members)
+        self.recompresses = strategy.recompresses
+        self.remembers = any(member.recompresses for member in members)
         self.rotary_start = RotaryColumns()
         storages = strategy.store.open_all(len(full), reserve)
         self.compressed_layers: dict[int, CompressedCacheLayer] = {
@@ -73,7 +80,7 @@ class CompressedCache(Cache):
         self._noted = False  # whether the inputs of the forward under way are known
         self._under_way = False  # whether the text model, or a compression, has begun and not ended
         self._waiting: list[tuple[LayerCompression, LayerView, Scores]] = []
-        self._repeats = any(observation.repeat() for observation in strategy.observations)
+        self._repeats = any(observation.repeat() for observation in self.observations)
         self.fed: tuple[Tensor, ...] = ()  # what a second pass feeds again
         super().__init__(layers=[self.compressed_layers.get(number, layer) for number, layer in enumerate(stock)])
 
@@ -88,6 +95,7 @@ class CompressedCache(Cache):
         within, self._under_way = self._under_way, True
         if self._repeats and pending:
             self._repeat(pending)
+            self.fed = ()
         for layer in pending.values():
             self._compress(layer)
         self._under_way = within
@@ -101,7 +109,6 @@ class CompressedCache(Cache):
         second_pass(decoder, self.layers, self.fed, pending)
         for layer in pending.values():
             layer.seconds += (time.perf_counter() - started) / len(pending)
-        self.fed = ()
 
     def next_turn(self, model: nn.Module, **inputs: Any) -> dict[str, Any]:
         """Return the keyword arguments for `model.generate` in a later turn, this cache included.
@@ -154,15 +161,25 @@ class CompressedCache(Cache):
         for question in questions:
             model.generate(**question, past_key_values=cache)
             cache.restore(context)
+
+        One of `session.shared_cache(strategies)` can be restored in a cache of any of these, as if that had read the
+        prompt itself; it compresses at `finish()` or at the first token that is decoded.
+
+        Raises:
+            UnsupportedUseError: it is of another strategy, and compressed, or lacks what this one wants to know.
         """
-        if snapshot.strategy != self.strategy:
+        if snapshot.strategy == self.strategy:
+            snapshot.put_back(self.layers)
+        elif snapshot.pending:
+            snapshot.hand_over(self.layers)
+        else:
             raise UnsupportedUseError(
                 f"the snapshot is of a cache with strategy {snapshot.strategy.name!r} at {snapshot.strategy.budget}, "
-                f"and this one has {self.strategy.name!r} at {self.strategy.budget}"
+                f"and this one has {self.strategy.name!r} at {self.strategy.budget}; only one in which nothing is "
+                "compressed yet, as of session.shared_cache(strategies), serves several"
             )
         self._forget_forward()
-        snapshot.put_back(self.layers)
-        self.fed = snapshot.fed
+        self.fed = snapshot.fed if self._repeats else ()
 
     def save(self, path: str | Path) -> None:
         """Write the cache to a safetensors file, which `kvcomp.load_cache(path, model)` reads, in another process too.
@@ -240,9 +257,12 @@ class CompressedCache(Cache):
         Raises:
             UnsupportedUseError: nothing says how to feed it again.
         """
-        if self._repeats and any(layer.pending for layer in self.compressed_layers.values()):
+        pending = {number: layer for number, layer in self.compressed_layers.items() if layer.pending}
+        if self._repeats and pending:
             self.fed = (*self.fed, fed_tokens(inputs))
-            if not self.defer:
+            if self.serves:
+                self._repeat(pending)
+            elif not self.defer:
                 self.finish()
         self._under_way = False
 
@@ -259,6 +279,11 @@ class CompressedCache(Cache):
         batch, new = given.shape[:2]
         if not new:
             raise InputError(f"a prompt must have at least one token, got inputs of shape {tuple(given.shape)}")
+        if self.serves and self.used and new > 1:
+            raise UnsupportedUseError(
+                "a shared cache reads its prompt in one forward, and this is a second; restore its snapshot in a cache "
+                "of session.cache(strategy), and go on with that"
+            )
         held = len(next(iter(self.compressed_layers.values())).tokens)
         if self.used and batch != held:
             raise UnsupportedUseError(
@@ -322,9 +347,9 @@ class CompressedCache(Cache):
 
     def compress_after(self, layer: LayerCompression) -> None:
         """Compress a layer whose attention has run; with a model-wide allocator, all layers once the last one's has;
-        with a second pass, when the text model's forward ends.
+        with a second pass, when the text model's forward ends. A shared cache only looks.
         """
-        if self._repeats:
+        if self._repeats or self.serves:
             layer.observe()
         else:
             self._compress(layer)

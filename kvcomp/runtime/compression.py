@@ -8,14 +8,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kvcomp.core.errors import UnsupportedModelError
+from kvcomp.core.errors import UnsupportedModelError, UnsupportedUseError
 from kvcomp.core.interfaces import Observation
 from kvcomp.core.rotary import Rotary
 from kvcomp.core.storage import SlotStorage
 from kvcomp.core.strategy import Strategy
 from kvcomp.core.types import LayerView, Pivots, Scores
 from kvcomp.runtime.adapter import ModelAdapter
-from kvcomp.runtime.decoding import FOLD
+from kvcomp.runtime.decoding import FOLD, QueryLog
 from kvcomp.runtime.forward import Forward
 from kvcomp.runtime.rotary import RotaryColumns
 from kvcomp.runtime.slots import SlotTable, gather_heads, padded
@@ -30,6 +30,9 @@ class Request(Protocol):
     defer: bool
     reads_rotary: bool
     recompresses: bool
+    remembers: bool  # keeps the latest queries for compressions while tokens are decoded, its own or of those it serves
+    serves: tuple[Strategy, ...]
+    observations: tuple[Observation, ...]  # of its strategy and of those it serves
     rotary_start: RotaryColumns  # without a column, the same for all layers
 
     def check_in_use(self) -> None:
@@ -90,8 +93,10 @@ class LayerCompression(LayerState):
         return bool(self.forwards) or self.observed is not None
 
     def wanted(self) -> tuple[Observation, ...]:
-        """Return the statistics that the next compression reads."""
+        """Return the statistics that the next compression reads, of any strategy that is served."""
         strategy = self.request.strategy
+        if self.request.serves:
+            return self.request.observations
         if self.overfull:
             return strategy.observations
         if self._stays():
@@ -128,9 +133,29 @@ class LayerCompression(LayerState):
     def observe(self) -> None:
         """Take the statistics of the queries since the last compression, and let go of all that no later one reads."""
         self.observed = self._look_back([wanted for wanted in self.wanted() if wanted.repeat() is None])
-        if self.request.recompresses:
+        if self.request.remembers:
             self.log = self.log.keep(self.forwards, self._remembered())
         self.forwards = ()
+
+    def go_on(self) -> None:
+        """Keep of what another request saw of the prompt what this one would have seen itself.
+
+        Raises:
+            UnsupportedUseError: it saw less.
+        """
+        strategy, lacks = self.request.strategy, []
+        if self.observed is not None:
+            known = {**self.observed, **self.repeated}
+            lacks = [seen.use for seen in strategy.observations if seen not in known]
+        lacks += ["rotary embeddings"] if self.request.reads_rotary and self.rotary is None else []
+        if lacks:
+            raise UnsupportedUseError(
+                f"the snapshot does not hold what strategy {strategy.name!r} wants to know of the prompt: "
+                f"{', '.join(lacks)}; name it in session.shared_cache([...])"
+            )
+        self.rotary = self.rotary if self.request.reads_rotary else None
+        self.log = self.log.keep((), self._remembered()) if self.request.recompresses else QueryLog()
+        self.seconds = 0.0
 
     def prepare(self) -> tuple[LayerView, Scores] | None:
         """Return the view and the scores to allocate by, None where nothing is to be trimmed."""
@@ -265,7 +290,7 @@ class LayerCompression(LayerState):
 
     def _remembered(self) -> int:
         """Return how many of the latest queries a later compression looks at."""
-        return max((observation.latest or 0 for observation in self.request.strategy.observations), default=0)
+        return max((observation.latest or 0 for observation in self.request.observations), default=0)
 
     @property
     def _reads_rotary(self) -> bool:

@@ -72,16 +72,17 @@ def second_pass(
         overfull = [layer for layer in pending.values() if layer.overfull]
         for share in _rounds(overfull):
             _narrow(overfull, share)
+            for layer in pending.values():
+                layer.repeated = {}
             _repeat(context, pending)
 
 
 def _repeat(context: Context, pending: Mapping[int, CompressedCacheLayer]) -> None:
-    """Feed the context once more for each way in which a statistic wants it fed."""
+    """Feed the context once more for each way in which a statistic that is not known yet wants it fed."""
     passes: dict[Repeat, dict[int, list[Observation]]] = {}
     for number, layer in pending.items():
-        layer.repeated = {}
         for observation in layer.wanted():
-            if (repeat := observation.repeat()) is not None:
+            if observation not in layer.repeated and (repeat := observation.repeat()) is not None:
                 passes.setdefault(repeat, {}).setdefault(number, []).append(observation)
     for repeat, wanted in passes.items():
         for chunk in context.chunks(repeat):

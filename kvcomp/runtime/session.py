@@ -6,7 +6,7 @@ import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from kvcomp.core import config
-from kvcomp.core.errors import IgnoredSettingWarning, UnsupportedModelError, UnusedCacheWarning
+from kvcomp.core.errors import IgnoredSettingWarning, InputError, UnsupportedModelError, UnusedCacheWarning
 from kvcomp.core.strategy import Strategy
 from kvcomp.runtime import attention
 from kvcomp.runtime.adapter import adapter_for
@@ -97,6 +97,32 @@ class Session:
         """Return an empty cache for one request. See `kvcomp.compress` for the arguments."""
         built = _build(strategy, budget, overrides)
         return _empty_cache(self.model, built, defer=defer, reserve=reserve)
+
+    def shared_cache(self, strategies: Iterable[Strategy | str | Path | Mapping[str, Any]]) -> CompressedCache:
+        """Return an empty cache that reads a prompt once for several strategies, and compresses nothing.
+
+        Strategies do not change what a prefill computes. So a prompt is read by this cache, and its snapshot restored
+        in a cache of each strategy and budget, which then holds what it would, had it read the prompt itself:
+
+            shared = session.shared_cache(["snapkv", "flowmm"])
+            model(**inputs, past_key_values=shared)
+            prompt = shared.snapshot()
+            for name in ("snapkv", "flowmm"):
+                cache = session.cache(name, budget=0.2)
+                cache.restore(prompt)
+                cache.finish()
+
+        Args:
+            strategies: whose attention statistics are taken; budgets make no difference.
+
+        Raises:
+            ConfigError, InputError, UnknownNameError: a strategy cannot be built, or none is given.
+        """
+        members = [_build(source, None, {}) for source in strategies]
+        if not members:
+            raise InputError("a shared cache must be given the strategies that it reads the prompt for, and got none")
+        keep_all = config.strategy({"name": "shared"})
+        return _empty_cache(self.model, keep_all, defer=False, reserve=None, serves=members)
 
     def detach(self) -> None:
         """Leave the model as it was, once the last session is detached. Caches stay readable. Calling it again
@@ -186,7 +212,9 @@ def load_cache(path: str | Path, model: nn.Module) -> CompressedCache:
     return cache
 
 
-def _empty_cache(model: nn.Module, strategy: Strategy, *, defer: bool, reserve: int | None) -> CompressedCache:
+def _empty_cache(
+    model: nn.Module, strategy: Strategy, *, defer: bool, reserve: int | None, serves: Sequence[Strategy] = ()
+) -> CompressedCache:
     model_config: Any = model.config
     reference = weakref.ref(model)
 
@@ -195,7 +223,8 @@ def _empty_cache(model: nn.Module, strategy: Strategy, *, defer: bool, reserve: 
         attachment = None if owner is None else _attachments.get(owner)
         return None if attachment is None else attachment.decoder
 
-    return CompressedCache(strategy, model_config, adapter_for(model_config), decoder, defer=defer, reserve=reserve)
+    adapter = adapter_for(model_config)
+    return CompressedCache(strategy, model_config, adapter, decoder, defer=defer, reserve=reserve, serves=serves)
 
 
 def _build(source: Strategy | str | Path | Mapping[str, Any], budget: Any, overrides: dict[str, Any]) -> Strategy:

@@ -28,6 +28,8 @@ STATE = (
     "rho",
     "seconds",
     "forwards",
+    "observed",
+    "repeated",
     "output",
     "carried",
     "memory",
@@ -41,20 +43,37 @@ STATE = (
 
 @dataclass(frozen=True, eq=False)
 class LayerSnapshot:
-    """One compressed layer: what its storage needs to come back, and its state by name."""
+    """One compressed layer: what its storage needs to come back, and its state by name.
+
+    Attributes:
+        slots: keys and values `(batch, kv_heads, tokens, head_dim)` while nothing is compressed yet, else None.
+    """
 
     storage: Any
     state: Mapping[str, Any]
+    slots: tuple[Tensor, Tensor] | None
 
     @classmethod
     def of(cls, layer: CompressedCacheLayer) -> LayerSnapshot:
         """Return a snapshot of a layer, sharing its memory."""
-        return cls(layer.storage.snapshot(), {name: getattr(layer, name) for name in STATE})
+        slots = layer.storage.read() if layer.pending and not layer.trimmed else None
+        return cls(layer.storage.snapshot(), {name: getattr(layer, name) for name in STATE}, slots)
 
     def put_back(self, layer: CompressedCacheLayer) -> None:
         """Make a layer what it was."""
         layer.forget_forward()
         layer.storage.restore(self.storage)
+        self._set_state(layer)
+
+    def hand_over(self, layer: CompressedCacheLayer) -> None:
+        """Make a layer of another request what it would be, had it read the prompt."""
+        assert self.slots is not None
+        layer.reset()
+        layer.storage.append(*self.slots)
+        self._set_state(layer)
+        layer.go_on()
+
+    def _set_state(self, layer: CompressedCacheLayer) -> None:
         for name, value in self.state.items():
             setattr(layer, name, value)
 
@@ -79,9 +98,27 @@ class Snapshot:
             fed,
         )
 
+    @property
+    def pending(self) -> bool:
+        """Return whether nothing is compressed yet in any layer."""
+        return all(snapshot.slots is not None for snapshot in self.compressed.values())
+
     def put_back(self, layers: list[Any]) -> None:
         """Make all layers of a cache what they were."""
         for number, snapshot in self.compressed.items():
             snapshot.put_back(layers[number])
+        self._copy_others(layers)
+
+    def hand_over(self, layers: list[Any]) -> None:
+        """Make all layers of a cache of another strategy what they would be, had that read the prompt.
+
+        Raises:
+            UnsupportedUseError: that strategy wants to know more of the prompt than is held.
+        """
+        for number, snapshot in self.compressed.items():
+            snapshot.hand_over(layers[number])
+        self._copy_others(layers)
+
+    def _copy_others(self, layers: list[Any]) -> None:
         for number, layer in self.others.items():
             layers[number] = copy.deepcopy(layer)
