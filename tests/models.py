@@ -6,6 +6,8 @@ import torch
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     GlmConfig,
     GlmForCausalLM,
     LlamaConfig,
@@ -66,6 +68,15 @@ def tiny_cohere(seed: int = 0) -> PreTrainedModel:
     """Return a Cohere of the same size: neighbouring coordinates are rotated, by cos and sin in the same order."""
     torch.manual_seed(seed)
     return CohereForCausalLM(CohereConfig(**TEXT)).eval()
+
+
+def tiny_gemma3n(seed: int = 0) -> PreTrainedModel:
+    """Return a text model of Gemma 3n: every other layer slides, and the last two share the keys of earlier ones."""
+    torch.manual_seed(seed)
+    own = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "head_dim": 16, "sliding_window": 16}
+    own |= {"vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8, "laurel_rank": 4, "altup_num_inputs": 2}
+    own |= {"layer_types": ["sliding_attention", "full_attention"] * 3, "activation_sparsity_pattern": [0.0] * 6}
+    return Gemma3nForCausalLM(Gemma3nTextConfig(**{**TEXT, **own}, num_kv_shared_layers=2)).eval()
 
 
 def tiny_qwen_vl(seed: int = 0) -> PreTrainedModel:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from kvcomp.runtime.layer import LAYER_ATTRIBUTE, PackedAttention
 from kvcomp.runtime.packed import attend_packed
 
 PREFIX = "kvcomp_"
+SIGHT_ATTRIBUTE = "kvcomp_sight"  # how a layer that shares another's keys finds what that layer saw of them
 BASES = ("sdpa", "eager")
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
@@ -79,17 +81,47 @@ def attend(
     if layer is None:
         return function(module, query, key, value, attention_mask, **kwargs)
     logits = _logits(query, kwargs)
-    packed = layer.packed(base, query, attention_mask)
-    if packed is None:
-        mask = layer.slot_mask(attention_mask, query)
-        output = function(module, query, *layer.unpacked(key, value), mask, **kwargs)
+    before: Sight | None = getattr(key, SIGHT_ATTRIBUTE, None)
+    sight = _sight(base, layer, query, key, value, attention_mask) if before is None else before
+    if sight.packed is None:
+        keys, values = (key, value) if sight.states is None else sight.states
+        output = function(module, query, keys, values, sight.mask, **kwargs)
     else:
-        slots, mask, masks = packed
+        slots, _, masks = sight.packed
         output = attend_packed(base, query, slots, masks, logits, kwargs.get("dropout", 0.0))
-    if layer.arrived:
+    if layer.arrived and before is None:
         with torch.no_grad():
-            layer.attended(module, query, attention_mask, mask, logits)
+            layer.attended(module, query, attention_mask, sight.mask, logits)
     return output
+
+
+@dataclass(frozen=True, eq=False)
+class Sight:
+    """What attention sees of a layer in one forward, noted on the keys that `update()` returned.
+
+    Later layers may share these keys (Gemma 3n, Gemma 4). By their turn the layer itself may be compressed already, and
+    they must see what it saw.
+
+    Attributes:
+        packed: the slots as they lie in memory, if attention runs over them so.
+        mask: over slots.
+        states: keys and values where they are not those that `update()` returned, which would be a reference cycle.
+    """
+
+    packed: PackedAttention | None
+    mask: Tensor | None
+    states: tuple[Tensor, Tensor] | None
+
+
+def _sight(base: str, layer: AttendedLayer, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Sight:
+    packed = layer.packed(base, query, mask)
+    if packed is None:
+        states = layer.unpacked(key, value)
+        sight = Sight(None, layer.slot_mask(mask, query), None if states[0] is key else states)
+    else:
+        sight = Sight(packed, packed[1], None)
+    setattr(key, SIGHT_ATTRIBUTE, sight)
+    return sight
 
 
 def _base_function(base: str, module: nn.Module) -> AttentionFunction:

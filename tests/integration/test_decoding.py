@@ -1,4 +1,4 @@
-"""Compression while tokens are decoded, against a simulation that goes token by token.
+"""Compression of a later turn and while tokens are decoded, against a simulation that goes token by token.
 
 One layer, so that queries and keys of a token depend on nothing but the token and its position. The simulation knows
 one row and one KV head at a time: float64, plain lists, nothing of kvcomp.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import oracles
 import pytest
@@ -54,12 +55,15 @@ class Head:
     keys: Tensor
     kept: list[int] = field(default_factory=list)
     seen: int = 0
+    first: int = 0  # the first query that votes
     sums: list[dict[int, float]] = field(default_factory=lambda: [{} for _ in range(GROUP)])
 
-    def arrive(self, tokens: int) -> None:
-        """Take in so many tokens at once; each attends to what is kept and to those before it."""
+    def arrive(self, tokens: int, heard: bool = True) -> None:
+        """Take in so many tokens at once; each attends to what is kept and to those before it, and is `heard` where
+        queries are remembered.
+        """
         self.kept += range(self.seen, self.seen + tokens)
-        for query in range(self.seen, self.seen + tokens):
+        for query in range(self.seen, self.seen + tokens) if heard else ():
             for sums, row in zip(self.sums, self.rows(query), strict=True):
                 for place, share in row.items():
                     sums[place] = sums.get(place, 0.0) + share
@@ -74,7 +78,7 @@ class Head:
     def votes(self, count: int) -> dict[int, float]:
         """What the last queries, prompt or decoded, give to each kept token together, mean over the group."""
         total = dict.fromkeys(self.kept, 0.0)
-        for query in range(max(0, self.seen - count), self.seen):
+        for query in range(max(self.first, self.seen - count), self.seen):
             for row in self.rows(query):
                 for place, share in row.items():
                     total[place] += share / GROUP
@@ -82,7 +86,7 @@ class Head:
 
     def keep(self, places: list[int]) -> None:
         self.kept = sorted(places)
-        self.sums = [{place: sums[place] for place in self.kept} for sums in self.sums]
+        self.sums = [{place: sums.get(place, 0.0) for place in self.kept} for sums in self.sums]
 
 
 def h2o(head: Head, slots: int) -> None:
@@ -138,7 +142,11 @@ METHODS = {
 
 
 class Simulation:
-    """All heads of one row, compressed at the end of a forward of several tokens and as the trigger says."""
+    """All heads of one row, compressed at the end of a forward of several tokens and as the trigger says.
+
+    Where that is all, at the prefill's end, no query of a decoded token is remembered, and none of an earlier turn but
+    in the sums of what it looked at.
+    """
 
     def __init__(
         self, model: PreTrainedModel, ids: Tensor, method: Callable[[list[Head], int], None], slots: Callable
@@ -148,10 +156,12 @@ class Simulation:
         self.method, self.slots = method, slots
         self.since = 0
 
-    def forward(self, tokens: int, trigger: object) -> None:
+    def forward(self, tokens: int, trigger: Any) -> None:
         """Take in tokens; `slots(seen, prompt)` is the budget."""
+        prefills = trigger == "prefill-end"
         for head in self.heads:
-            head.arrive(tokens)
+            head.arrive(tokens, heard=tokens > 1 or not prefills)
+            head.first = head.seen - tokens if prefills else 0
         seen = self.heads[0].seen
         if tokens > 1:
             self.prompt, self.since = seen, 0
@@ -159,7 +169,7 @@ class Simulation:
             self.since += 1
         over_budget = trigger == "over-budget"
         slots = self.slots(self.prompt if over_budget else seen, seen)
-        due = len(self.heads[0].kept) > slots if over_budget else self.since == trigger["every"]  # type: ignore[index]
+        due = len(self.heads[0].kept) > slots if over_budget else not prefills and self.since == trigger["every"]
         if tokens == 1 and not due:
             return
         self.since = 0
@@ -174,10 +184,10 @@ BUDGETS = {
 }
 
 
-@pytest.mark.parametrize("trigger", ["over-budget", {"every": 5}], ids=str)
+@pytest.mark.parametrize("trigger", ["prefill-end", "over-budget", {"every": 5}], ids=str)
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("recipe", METHODS)
-def test_every_step_keeps_what_a_simulation_of_it_keeps(recipe: str, budget: str, trigger: object) -> None:
+def test_every_step_keeps_what_a_simulation_of_it_keeps(recipe: str, budget: str, trigger: Any) -> None:
     """Three rows of different lengths in one batch, each as the simulation has it alone; then a longer turn."""
     implementation = "eager" if budget == "tokens" else "sdpa"
     model, lengths, widths = one_layer(implementation), (40, 27, 9), [*[1] * 42, 7, *[1] * 12]
