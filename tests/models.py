@@ -6,6 +6,8 @@ import torch
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
     GlmConfig,
@@ -68,6 +70,16 @@ def tiny_cohere(seed: int = 0) -> PreTrainedModel:
     """Return a Cohere of the same size: neighbouring coordinates are rotated, by cos and sin in the same order."""
     torch.manual_seed(seed)
     return CohereForCausalLM(CohereConfig(**TEXT)).eval()
+
+
+def tiny_gemma2() -> PreTrainedModel:
+    """Return a Gemma 2 whose logits are capped, all of its layers with full attention."""
+    torch.manual_seed(0)
+    layers = {"layer_types": ["full_attention"] * 3, "head_dim": 16, "attn_logit_softcapping": 0.5}
+    model = Gemma2ForCausalLM(Gemma2Config(**TEXT, **layers)).eval()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data.mul_(50.0)
+    return model
 
 
 def tiny_gemma3n(seed: int = 0) -> PreTrainedModel:

@@ -87,3 +87,21 @@ class SlotStorage(ABC):
     @abstractmethod
     def restore(self, snapshot: Any) -> None:
         """Hold the slots of a snapshot, which can be restored any number of times."""
+
+
+class SteadyStorage(SlotStorage):
+    """A storage whose slots stay in their place, as they are, while others are appended: what a compiled decode step
+    needs.
+    """
+
+    @abstractmethod
+    def take_room(self, slots: int) -> PackedSlots | tuple[Tensor, Tensor]:
+        """Take room for that many more slots and return the memory itself, which stays until something is replaced:
+        keys and values `(batch, kv_heads, capacity, head_dim)`, or where heads are packed their places.
+
+        The room is finite and may be written to in any mode. The caller writes, and tells by `count` how many slots.
+        """
+
+    @abstractmethod
+    def count(self, slots: int) -> None:
+        """Take note that so many slots were written into the room, after those that were filled."""

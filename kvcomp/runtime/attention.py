@@ -1,5 +1,5 @@
-"""The attention functions `kvcomp_sdpa` and `kvcomp_eager`: the base implementation over a layer's slots, then
-compression.
+"""The attention functions `kvcomp_sdpa`, `kvcomp_eager` and `kvcomp_flex_attention`: the base implementation over a
+layer's slots, then compression.
 
 transformers calls them like any registered implementation. Keys that do not come from a compressed layer go to the
 base function unchanged.
@@ -15,16 +15,19 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from kvcomp.runtime import flex
+from kvcomp.runtime.fixed import LAYER_ATTRIBUTE, FixedSlots
 from kvcomp.runtime.forward import Logits
-from kvcomp.runtime.layer import LAYER_ATTRIBUTE, PackedAttention
+from kvcomp.runtime.layer import PackedAttention
 from kvcomp.runtime.packed import attend_packed
 
 PREFIX = "kvcomp_"
 SIGHT_ATTRIBUTE = "kvcomp_sight"  # how a layer that shares another's keys finds what that layer saw of them
-BASES = ("sdpa", "eager")
+BASES = ("sdpa", "eager", flex.NAME)
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -34,7 +37,7 @@ class AttendedLayer(Protocol):
 
     arrived: int
 
-    def packed(self, base: str, query: Tensor, mask: Tensor | None) -> PackedAttention | None:
+    def packed(self, base: str, query: Tensor, mask: Tensor | None, logits: Logits) -> PackedAttention | None:
         """Return the slots as they lie in memory, and their masks, if attention is to run over them so."""
 
     def unpacked(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,8 +55,9 @@ class AttendedLayer(Protocol):
 def register() -> None:
     """Register the attention and mask function of every base. Registering again changes nothing."""
     for base in BASES:
+        mask_function = flex.block_mask_over_columns if base == flex.NAME else ALL_MASK_ATTENTION_FUNCTIONS[base]
         AttentionInterface.register(PREFIX + base, partial(attend, base))
-        AttentionMaskInterface.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
+        AttentionMaskInterface.register(PREFIX + base, mask_function)
 
 
 def attend(
@@ -62,7 +66,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | BlockMask | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the attention output over the slots of the layer that the keys came from.
@@ -76,22 +80,31 @@ def attend(
         attention_mask: over columns, as the base's mask function built it.
         kwargs: whatever else the model passes.
     """
+    layer: AttendedLayer | FixedSlots | None = getattr(key, LAYER_ATTRIBUTE, None)
+    if isinstance(layer, FixedSlots):
+        assert not isinstance(attention_mask, BlockMask)  # a session refuses flex attention for them
+        return layer.attend(base, query, attention_mask, _logits(query, kwargs), kwargs.get("dropout", 0.0))
     function = _base_function(base, module)
-    layer: AttendedLayer | None = getattr(key, LAYER_ATTRIBUTE, None)
     if layer is None:
         return function(module, query, key, value, attention_mask, **kwargs)
     logits = _logits(query, kwargs)
     before: Sight | None = getattr(key, SIGHT_ATTRIBUTE, None)
-    sight = _sight(base, layer, query, key, value, attention_mask) if before is None else before
+    columns_mask = flex.as_tensor(attention_mask)
+    sight = _sight(base, layer, query, key, value, columns_mask, logits) if before is None else before
     if sight.packed is None:
         keys, values = (key, value) if sight.states is None else sight.states
-        output = function(module, query, keys, values, sight.mask, **kwargs)
+        if base == flex.NAME:
+            output = flex.attend_flex(
+                function, module, query, keys, values, sight.mask, attention_mask, logits, **kwargs
+            )
+        else:
+            output = function(module, query, keys, values, sight.mask, **kwargs)
     else:
         slots, _, masks = sight.packed
         output = attend_packed(base, query, slots, masks, logits, kwargs.get("dropout", 0.0))
     if layer.arrived and before is None:
         with torch.no_grad():
-            layer.attended(module, query, attention_mask, sight.mask, logits)
+            layer.attended(module, query, columns_mask, sight.mask, logits)
     return output
 
 
@@ -113,8 +126,16 @@ class Sight:
     states: tuple[Tensor, Tensor] | None
 
 
-def _sight(base: str, layer: AttendedLayer, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Sight:
-    packed = layer.packed(base, query, mask)
+def _sight(
+    base: str,
+    layer: AttendedLayer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    logits: Logits,
+) -> Sight:
+    packed = layer.packed(base, query, mask, logits)
     if packed is None:
         states = layer.unpacked(key, value)
         sight = Sight(None, layer.slot_mask(mask, query), None if states[0] is key else states)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from kvcomp.core.errors import InputError, UnsupportedModelError, UnsupportedUseError
+from kvcomp.core.storage import SlotStorage, SteadyStorage
 from kvcomp.core.strategy import Strategy
 from kvcomp.core.types import LayerView, Scores
 from kvcomp.runtime.adapter import ModelAdapter
@@ -39,6 +40,12 @@ class CompressedCache(Cache):
         defer: compress at `finish()` or at the first forward of one token, as if all chunks had been one.
         reserve: slots of room that each layer takes at the first decoded token.
         serves: strategies whose caches go on from a snapshot of this one, which looks for them and compresses nothing.
+        compiled: take the room when the prompt has been compressed, so that slots lie at fixed addresses and a compiled
+            decode step serves all tokens.
+
+    Raises:
+        UnsupportedModelError: no layer can be compressed, or not all layers can hold slots at fixed addresses.
+        UnsupportedUseError: `compiled` and something that moves slots while tokens are decoded.
     """
 
     def __init__(
@@ -51,9 +58,12 @@ class CompressedCache(Cache):
         defer: bool = False,
         reserve: int | None = None,
         serves: Sequence[Strategy] = (),
+        compiled: bool = False,
     ) -> None:
         if reserve is not None and (type(reserve) is not int or reserve < 1):
             raise InputError(f"reserve must be a whole number of slots, at least 1, got {reserve!r}")
+        if compiled and reserve is None:
+            raise InputError("compiled=True needs reserve, the number of tokens to decode at most, got reserve=None")
         stock = DynamicCache(config=config).layers
         full = [number for number, layer in enumerate(stock) if type(layer) is DynamicLayer]
         if not full:
@@ -69,8 +79,11 @@ class CompressedCache(Cache):
         self.reads_rotary = any(member.reads_rotary for member in members)
         self.recompresses = strategy.recompresses
         self.remembers = any(member.recompresses for member in members)
+        self.compiled = compiled
         self.rotary_start = RotaryColumns()
         storages = strategy.store.open_all(len(full), reserve)
+        if compiled:
+            check_steady(strategy, storages, len(stock) - len(full), defer=defer)
         self.compressed_layers: dict[int, CompressedCacheLayer] = {
             number: CompressedCacheLayer(weakref.proxy(self), place, len(full), storages[place])
             for place, number in enumerate(full)
@@ -89,6 +102,11 @@ class CompressedCache(Cache):
         """Return whether the cache has seen a token."""
         return any(layer.is_initialized for layer in self.compressed_layers.values())
 
+    @property
+    def is_fixed(self) -> bool:
+        """Return whether slots lie at fixed addresses, so that a decode step changes nothing that Python sees."""
+        return self.compiled and next(iter(self.compressed_layers.values())).fixed is not None
+
     def finish(self) -> None:
         """Compress what `defer` left uncompressed, or what waits for a second pass."""
         pending = {number: layer for number, layer in self.compressed_layers.items() if layer.pending}
@@ -99,6 +117,8 @@ class CompressedCache(Cache):
         for layer in pending.values():
             self._compress(layer)
         self._under_way = within
+        if self.compiled and pending and not within:
+            self._fix()
 
     def _repeat(self, pending: Mapping[int, CompressedCacheLayer]) -> None:
         """Feed the context once more, for what these layers want to know of that."""
@@ -126,10 +146,11 @@ class CompressedCache(Cache):
             InputError: the conversation is not longer than what the cache has seen.
             UnsupportedUseError: new media in a batch, or of a family whose processor gives no grids.
         """
+        self._catch_up()
         first = next(iter(self.compressed_layers.values()))
         if "mm_token_type_ids" not in inputs and (modality := self.adapter.modality(inputs)) is not None:
             inputs["mm_token_type_ids"] = modality.int()
-        arguments = next_turn_arguments(model, inputs, self.get_seq_length(), first.upcoming_positions())
+        arguments = next_turn_arguments(model, inputs, first.seen, first.upcoming_positions())
         return {**arguments, "past_key_values": self}
 
     def reset(self) -> None:
@@ -152,6 +173,7 @@ class CompressedCache(Cache):
 
     def snapshot(self) -> Snapshot:
         """Return the cache as it is now, sharing its memory. It stays valid whatever the cache does next."""
+        self._catch_up()
         return Snapshot.of(self.layers, self.strategy, self.fed)
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -189,10 +211,16 @@ class CompressedCache(Cache):
         """
         from kvcomp.runtime.files import save_cache  # files knows the cache, and is needed only here
 
+        self._catch_up()
         save_cache(self, Path(path))
 
     def report(self) -> Report:
-        """Return what every layer holds, in slots and in bytes read from the storages."""
+        """Return what every layer holds, in slots and in bytes read from the storages.
+
+        Raises:
+            UnsupportedUseError: a compiled model decoded more tokens than there was room for.
+        """
+        self._catch_up()
         layers = tuple(report_layer(number, layer) for number, layer in self.compressed_layers.items())
         storages = sum(layer.storage.nbytes() for layer in self.compressed_layers.values())
         allocated = sum(layer.allocated_bytes for layer in layers)
@@ -242,7 +270,7 @@ class CompressedCache(Cache):
             self._check_positions(positions)
         self._positions = positions
         self._under_way = True
-        if _new_tokens(inputs) == 1:
+        if new_token_count(inputs) == 1:
             self.finish()
 
     def note_rotary(self, module: nn.Module, embeddings: Any) -> None:
@@ -265,9 +293,42 @@ class CompressedCache(Cache):
             elif not self.defer:
                 self.finish()
         self._under_way = False
+        if self.compiled and new_token_count(inputs) != 1:
+            self._fix()
+
+    def loosen(self) -> None:
+        """Let slots at fixed addresses move again, because something else than one token comes."""
+        for layer in self.compressed_layers.values():
+            layer.loosen()
+
+    def _fix(self) -> None:
+        """Hold the slots of all layers at fixed addresses, with room for the tokens to come."""
+        assert self.reserve is not None
+        if not any(layer.arrived for layer in self.compressed_layers.values()):  # else `check_attended` will say so
+            for layer in self.compressed_layers.values():
+                layer.fix(self.reserve)
+
+    def _catch_up(self) -> None:
+        """Take note of the tokens of compiled decode steps.
+
+        Raises:
+            UnsupportedUseError: there were more than there was room for.
+        """
+        for layer in self.compressed_layers.values():
+            layer.catch_up()
+        self.check_room()
+
+    def check_room(self) -> None:
+        """Raise where decoded tokens found no room."""
+        if lost := max(layer.lost for layer in self.compressed_layers.values()):
+            raise UnsupportedUseError(
+                f"reserve must be at least the number of tokens that are decoded, got reserve={self.reserve}, and "
+                f"{lost} tokens found no room, so that what was generated since is wrong; reserve more or generate less"
+            )
 
     def _check_inputs(self, inputs: Mapping[str, Any]) -> None:
         """Raise where a forward cannot go on from what the cache has seen."""
+        self.loosen()
         if self._under_way:
             raise UnsupportedUseError(
                 "the last forward with this cache did not end, so its layers do not hold the same tokens; restore a "
@@ -323,6 +384,7 @@ class CompressedCache(Cache):
         self._modality = self._positions = None
         self._noted = False
         self.check_attended()
+        self.check_room()
 
     def check_attended(self) -> None:
         """Raise where keys were cached that no attention function of kvcomp saw."""
@@ -402,7 +464,41 @@ def _given(inputs: Mapping[str, Any]) -> Tensor | None:
     return inputs.get("inputs_embeds") if ids is None else ids
 
 
-def _new_tokens(inputs: Mapping[str, Any]) -> int | None:
+def new_token_count(inputs: Mapping[str, Any]) -> int | None:
     """Return how many tokens a forward is given, None where that cannot be told."""
     given = _given(inputs)
     return None if given is None else int(given.shape[1])
+
+
+def check_steady(strategy: Strategy, storages: Sequence[SlotStorage], others: int, *, defer: bool) -> None:
+    """Raise where slots would not stay at fixed addresses while tokens are decoded, with every reason.
+
+    Args:
+        strategy: what compresses.
+        storages: of its layers.
+        others: layers that are not compressed.
+        defer: whether the compression waits.
+
+    Raises:
+        UnsupportedModelError: the model has layers that are not compressed.
+        UnsupportedUseError: the strategy or a setting moves slots.
+    """
+    if others:
+        raise UnsupportedModelError(
+            f"compiled=True needs full attention in every layer: {others} layers have sliding windows or linear "
+            "attention, and their caches grow. Decode without it"
+        )
+    reasons = []
+    if not all(isinstance(storage, SteadyStorage) for storage in storages):
+        reasons.append(f"store {strategy.store.use!r} rewrites slots while tokens are appended; use dense or ragged")
+    if strategy.recompresses:
+        reasons.append(f"trigger {strategy.trigger} compresses while tokens are decoded; use prefill-end")
+    if strategy.reads_rotary and strategy.turns == "recompress":
+        reasons.append("keys are turned back in later turns by the rotary embeddings of all tokens; use turns: append")
+    if defer:
+        reasons.append("defer=True compresses at the first decoded token; leave it out")
+    if reasons:
+        raise UnsupportedUseError(
+            f"compiled=True needs slots that stay where they are, and with recipe {strategy.name!r} they do not: "
+            + "; ".join(reasons)
+        )

@@ -28,6 +28,7 @@ class Request(Protocol):
     strategy: Strategy
     adapter: ModelAdapter
     defer: bool
+    compiled: bool
     reads_rotary: bool
     recompresses: bool
     remembers: bool  # keeps the latest queries for compressions while tokens are decoded, its own or of those it serves
@@ -66,6 +67,7 @@ class LayerCompression(LayerState):
         self.request = request
         self.number = number  # among the compressed layers
         self.layers = layers
+        self.is_compileable = request.compiled
         super().__init__(storage)
 
     def hold_nothing(self) -> None:

@@ -23,6 +23,11 @@ class Logits:
     softcap: float | None = None
     sinks: Tensor | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Return whether logits are scaled products and nothing else."""
+        return self.softcap is None and self.sinks is None
+
 
 @dataclass(frozen=True, eq=False)
 class Forward:

@@ -11,14 +11,15 @@ from transformers.cache_utils import DynamicLayer
 
 from kvcomp.core.errors import UnsupportedUseError
 from kvcomp.core.packed import PackedSlots
+from kvcomp.core.storage import SteadyStorage
 from kvcomp.runtime.adapter import per_head
 from kvcomp.runtime.compression import LayerCompression
+from kvcomp.runtime.fixed import LAYER_ATTRIBUTE, FixedSlots, rounded
 from kvcomp.runtime.forward import Forward, Logits
 from kvcomp.runtime.masks import over_sequences, over_slots, row_validity, with_mass
 from kvcomp.runtime.packed import can_attend, own_slots
 from kvcomp.runtime.slots import PackedTable
 
-LAYER_ATTRIBUTE = "kvcomp_layer"  # how the attention function finds the layer that its keys came from
 NO_DRAFTS = (
     "Assisted and prompt-lookup decoding feed drafts together with the prompt: the cache would be compressed for "
     "drafts that are then taken back. Generate without assistant_model and prompt_lookup_num_tokens, or at a budget of "
@@ -41,12 +42,15 @@ class CompressedCacheLayer(LayerCompression, DynamicLayer):  # type: ignore[no-u
 
     # --- what transformers asks of a layer ---
 
-    def get_seq_length(self) -> int:
-        """Return the number of columns seen."""
-        return self.seen
+    def get_seq_length(self) -> int | Tensor:  # type: ignore[override]
+        """Return the number of columns seen: where slots are fixed a 0-d tensor, as transformers' static caches do."""
+        return self.seen if self.fixed is None else self.fixed.seen.clone()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the width of the mask over columns, and offset 0."""
+        if self.fixed is not None and query_length == 1:
+            return self.fixed.width, 0
+        self.catch_up()
         return self.seen + query_length, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -57,6 +61,9 @@ class CompressedCacheLayer(LayerCompression, DynamicLayer):  # type: ignore[no-u
         """Take in new tokens, `(batch, kv_heads, tokens, head_dim)`, and return keys and values of all slots; only the
         new ones where the slots are packed.
         """
+        if self.fixed is not None and key_states.shape[2] == 1:
+            return self.fixed.update(key_states, value_states)
+        self.loosen()
         self.request.check_in_use()
         if key_states.requires_grad and torch.is_grad_enabled():
             raise UnsupportedUseError(
@@ -83,6 +90,18 @@ class CompressedCacheLayer(LayerCompression, DynamicLayer):  # type: ignore[no-u
         setattr(keys, LAYER_ATTRIBUTE, self)
         return keys, values
 
+    def fix(self, room: int) -> None:
+        """Hold the slots at fixed addresses, with room for that many tokens, until something but one token comes."""
+        table = self.whole_table()
+        storage, mass = self.storage, self.request.strategy.mass_preserving
+        assert isinstance(storage, SteadyStorage)
+        memory = storage.take_room(rounded(table.slots + room) - table.slots)
+        with torch.inference_mode(mode=False):  # what is made here is written to in any mode
+            self.fixed = FixedSlots(memory, table, self.seen, causal=not (self.holds_padding or mass))
+            if mass and self.trimmed:
+                self.fixed.weigh(table.counts, self.dtype)
+        self.fixed.pin()
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows of the batch in another order."""
         self.keep_rows(beam_idx)
@@ -97,6 +116,7 @@ class CompressedCacheLayer(LayerCompression, DynamicLayer):  # type: ignore[no-u
 
     def keep_rows(self, rows: Tensor) -> None:
         """Hold these rows of the batch, `(rows,)` int64, in this order."""
+        self.loosen()
         if not self.is_initialized:
             return
         if self.pending:  # beams are reordered right after the prefill
@@ -111,6 +131,7 @@ class CompressedCacheLayer(LayerCompression, DynamicLayer):  # type: ignore[no-u
             UnsupportedUseError: the columns were compressed by the forward that just ended, as in assisted decoding,
                 whose drafts would have been part of the budget; or compression is deferred.
         """
+        self.loosen()
         target = self.seen + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
         if target >= self.seen or not self.is_initialized:
             return
@@ -150,12 +171,12 @@ class CompressedCacheLayer(LayerCompression, DynamicLayer):  # type: ignore[no-u
             before = self.request.rotary_start if self.rotary is None else self.rotary
             self.rotary = before.extend(module, embeddings)
 
-    def packed(self, base: str, query: Tensor, mask: Tensor | None) -> PackedAttention | None:
+    def packed(self, base: str, query: Tensor, mask: Tensor | None, logits: Logits) -> PackedAttention | None:
         """Return the slots as they lie in memory if attention can run over them so, with the mask over all slots (None
         where it is not needed) and that of each (row, KV head) over its own, given transformers' mask over columns.
         """
         slots = self.storage.packed()
-        if slots is None or not can_attend(base, query, slots, self.only_causal(mask)):
+        if slots is None or not can_attend(base, slots, logits, self.only_causal(mask)):
             return None
         slot_mask = self.slot_mask(mask, query) if query.shape[2] > 1 or self.holds_padding else None
         masks = self.head_masks(mask, slots, query) if slot_mask is None else own_slots(slot_mask, slots)

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from kvcomp.core.packed import PackedSlots
 from kvcomp.runtime.forward import Logits
+from kvcomp.runtime.grouped import probabilities, sink_rows
 
 VARLEN_DTYPES = (torch.float16, torch.bfloat16)
 VARLEN_HEAD_DIM = 256  # the largest that flash attention takes
 
 
-def can_attend(base: str, query: Tensor, slots: PackedSlots, causal: bool) -> bool:
+def can_attend(base: str, slots: PackedSlots, logits: Logits, causal: bool) -> bool:
     """Return whether attention can run over the slots as they lie; else it must run over a padded copy of them.
 
     On a CPU it always can. On other devices one call per head would leave the device idle, and variable-length
@@ -26,11 +27,13 @@ def can_attend(base: str, query: Tensor, slots: PackedSlots, causal: bool) -> bo
 
     Args:
         base: name of the attention implementation.
-        query: `(batch, heads, queries, head_dim)`.
         slots: what the layer holds.
+        logits: how logits are made; variable-length attention knows neither softcap nor sinks.
         causal: whether a query sees every slot before it, and nothing weighs them.
     """
-    return base == "eager" or query.device.type == "cpu" or (causal and _can_vary(query, slots))
+    if base == "eager" or slots.keys.device.type == "cpu":
+        return True
+    return causal and (base == "sdpa" or logits.plain) and _can_vary(slots)
 
 
 def attend_packed(
@@ -40,22 +43,28 @@ def attend_packed(
     masks: Sequence[Tensor | None],
     logits: Logits,
     dropout: float = 0.0,
+    appended: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the attention output `(batch, queries, heads, head_dim)`, and for `eager` the weights.
 
     Args:
-        base: `sdpa`, which knows neither softcap nor sinks, as transformers' own; or `eager`.
+        base: `sdpa`, which knows neither softcap nor sinks, as transformers' own; `eager`; or `flex_attention`, which
+            is computed as `sdpa`, or as `eager` where there is a softcap or sinks.
         query: `(batch, heads, queries, head_dim)`, after rotary embedding.
         slots: what the layer holds, the new tokens last.
         masks: of each (row, KV head) over its own slots, `(1, 1, group * queries or 1, slots)`, bool or additive; None
             where every query sees every slot. Variable-length attention needs none.
         logits: how logits are made.
         dropout: probability that a weight is dropped.
+        appended: how many of the appended slots are filled, 0-d int64 on the device, where only the device knows; the
+            masks then hide the others.
     """
     if base == "eager":
         return _eager(query, slots, masks, logits, dropout)
+    if base == "flex_attention" and not logits.plain:
+        return _eager(query, slots, masks, logits, dropout)[0], None
     if query.device.type != "cpu":
-        return _varlen(query, slots, logits.scaling), None
+        return _varlen(query, slots, logits.scaling, slots.appended if appended is None else appended), None
     heads = zip(*_heads(query, slots), masks, strict=True)
     outputs = [
         F.scaled_dot_product_attention(own, keys, values, allowed, dropout, scale=logits.scaling)
@@ -100,38 +109,17 @@ def _eager(
     query: Tensor, slots: PackedSlots, masks: Sequence[Tensor | None], logits: Logits, dropout: float
 ) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _ = query.shape
-    sinks = _sinks(query, slots, logits)
+    rows = sink_rows(query, slots.layout.kv_heads, logits)
+    sequences = len(slots.layout.lengths)
+    sinks = [None] * sequences if rows is None else rows.reshape(sequences, 1, 1, -1, 1).unbind()
     outputs, weights = [], []
     parts = zip(*_heads(query, slots), masks, sinks, slots.layout.lengths, strict=True)
     for own, keys, values, allowed, sink, length in parts:
-        probs = F.dropout(_probabilities(own, keys, allowed, sink, logits), dropout).to(query.dtype)
+        probs = F.dropout(probabilities(own, keys, allowed, sink, logits), dropout).to(query.dtype)
         outputs.append(probs @ values)
         empty = (0, slots.layout.width - length)
         weights.append(torch.cat([F.pad(probs[..., :length], empty), probs[..., length:]], dim=-1))
     return _joined(outputs, query), torch.cat(weights).view(batch, heads, queries, -1)
-
-
-def _probabilities(query: Tensor, keys: Tensor, mask: Tensor | None, sinks: Tensor | None, logits: Logits) -> Tensor:
-    """Return the softmax over one head's slots, `(1, 1, rows, slots)` float32; what sinks take is gone."""
-    scores = (query @ keys.transpose(-1, -2)) * logits.scaling
-    if logits.softcap is not None:
-        scores = logits.softcap * torch.tanh(scores / logits.softcap)
-    if mask is not None:
-        lowest = torch.finfo(scores.dtype).min
-        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
-    if sinks is None:
-        return scores.softmax(dim=-1, dtype=torch.float32)
-    return torch.cat([scores, sinks], dim=-1).softmax(dim=-1, dtype=torch.float32)[..., :-1]
-
-
-def _sinks(query: Tensor, slots: PackedSlots, logits: Logits) -> list[Tensor | None]:
-    """Return the sink of every query row of each (row, KV head), `(1, 1, group * queries, 1)`."""
-    sequences = len(slots.layout.lengths)
-    if logits.sinks is None:
-        return [None] * sequences
-    batch, _, queries, _ = query.shape
-    rows = logits.sinks.to(query.dtype)[None, :, None].expand(batch, -1, queries)
-    return list(rows.reshape(sequences, 1, 1, -1, 1).unbind())
 
 
 # --- variable-length attention, on a GPU ---
@@ -147,14 +135,14 @@ def _varlen_attention() -> Callable[..., Any] | None:
     return varlen_attn if "seqused_k" in inspect.signature(varlen_attn).parameters else None
 
 
-def _can_vary(query: Tensor, slots: PackedSlots) -> bool:
-    head_dim = query.shape[3]
-    fits = query.dtype in VARLEN_DTYPES and head_dim % 8 == 0 and head_dim <= VARLEN_HEAD_DIM
+def _can_vary(slots: PackedSlots) -> bool:
+    head_dim = slots.keys.shape[1]
+    fits = slots.keys.dtype in VARLEN_DTYPES and head_dim % 8 == 0 and head_dim <= VARLEN_HEAD_DIM
     alike = slots.keys.shape == slots.values.shape
-    return query.device.type == "cuda" and fits and alike and _varlen_attention() is not None
+    return slots.keys.device.type == "cuda" and fits and alike and _varlen_attention() is not None
 
 
-def _varlen(query: Tensor, slots: PackedSlots, scaling: float) -> Tensor:
+def _varlen(query: Tensor, slots: PackedSlots, scaling: float, appended: int | Tensor) -> Tensor:
     """Return the output of one call in which every (row, KV head) is a sequence and its query group the heads.
 
     Several queries are causal: the new tokens are the last of every sequence.
@@ -164,7 +152,7 @@ def _varlen(query: Tensor, slots: PackedSlots, scaling: float) -> Tensor:
     batch, heads, queries, head_dim = query.shape
     layout, kv_heads = slots.layout, slots.layout.kv_heads
     bounds = F.pad(layout.ends + layout.room, (1, 0))
-    used = layout.ends - bounds[:-1] + slots.appended
+    used = layout.ends - bounds[:-1] + appended
     grouped = query.view(batch, kv_heads, heads // kv_heads, queries, head_dim).transpose(2, 3)
     output: Tensor = attention(
         grouped.reshape(-1, heads // kv_heads, head_dim),

@@ -20,8 +20,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 from kvcomp.core.errors import UnsupportedUseError
 from kvcomp.core.interfaces import Observation
 from kvcomp.core.types import Repeat
+from kvcomp.runtime.fixed import LAYER_ATTRIBUTE
 from kvcomp.runtime.forward import Forward, Logits, observe_forwards
-from kvcomp.runtime.layer import LAYER_ATTRIBUTE, CompressedCacheLayer
+from kvcomp.runtime.layer import CompressedCacheLayer
 from kvcomp.runtime.masks import over_slots, with_mass
 from kvcomp.runtime.slots import SlotTable, new_tokens
 
@@ -300,7 +301,7 @@ class ProbeLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         setattr(joined, LAYER_ATTRIBUTE, self)
         return joined, torch.cat([values, value_states], dim=2)
 
-    def packed(self, base: str, query: Tensor, mask: Tensor | None) -> None:
+    def packed(self, base: str, query: Tensor, mask: Tensor | None, logits: Logits) -> None:
         """Return None: the chunk's keys lie behind a copy of the slots."""
 
     def unpacked(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

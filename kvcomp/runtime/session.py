@@ -15,11 +15,17 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from kvcomp.core import config
-from kvcomp.core.errors import IgnoredSettingWarning, InputError, UnsupportedModelError, UnusedCacheWarning
+from kvcomp.core.errors import (
+    IgnoredSettingWarning,
+    InputError,
+    UnsupportedModelError,
+    UnsupportedUseError,
+    UnusedCacheWarning,
+)
 from kvcomp.core.strategy import Strategy
-from kvcomp.runtime import attention
+from kvcomp.runtime import attention, flex
 from kvcomp.runtime.adapter import adapter_for
-from kvcomp.runtime.cache import CompressedCache
+from kvcomp.runtime.cache import CompressedCache, new_token_count
 from kvcomp.runtime.files import fill_cache, saved_strategy
 from kvcomp.runtime.rotary import attention_modules
 
@@ -54,8 +60,8 @@ class Attachment:
         self.decoder.set_attn_implementation(self.base)
 
     def _begin_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = _named(module, args, kwargs)
-        if cache := _cache_in(inputs):
+        if (noted := _noted(module, args, kwargs)) is not None:
+            cache, inputs = noted
             cache.text_begins(inputs)
             if cache.reads_rotary and not self.watching:
                 self._watch_rotary()
@@ -79,6 +85,7 @@ class Session:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.open = True
+        self.caches: weakref.WeakSet[CompressedCache] = weakref.WeakSet()
         _decoder(model)  # refuses what is no model before it becomes a key
         with _lock:
             attachment = _attachments.get(model) or Attachment(model)
@@ -92,11 +99,16 @@ class Session:
         *,
         defer: bool = False,
         reserve: int | None = None,
+        compiled: bool = False,
         **overrides: Any,
     ) -> CompressedCache:
         """Return an empty cache for one request. See `kvcomp.compress` for the arguments."""
         built = _build(strategy, budget, overrides)
-        return _empty_cache(self.model, built, defer=defer, reserve=reserve)
+        if compiled:
+            _check_compilable(_attachments[self.model].base)
+        cache = _empty_cache(self.model, built, defer=defer, reserve=reserve, compiled=compiled)
+        self.caches.add(cache)
+        return cache
 
     def shared_cache(self, strategies: Iterable[Strategy | str | Path | Mapping[str, Any]]) -> CompressedCache:
         """Return an empty cache that reads a prompt once for several strategies, and compresses nothing.
@@ -122,7 +134,7 @@ class Session:
         if not members:
             raise InputError("a shared cache must be given the strategies that it reads the prompt for, and got none")
         keep_all = config.strategy({"name": "shared"})
-        return _empty_cache(self.model, keep_all, defer=False, reserve=None, serves=members)
+        return _empty_cache(self.model, keep_all, serves=members)
 
     def detach(self) -> None:
         """Leave the model as it was, once the last session is detached. Caches stay readable. Calling it again
@@ -132,6 +144,8 @@ class Session:
             if not self.open:
                 return
             self.open = False
+            for cache in self.caches:
+                cache.loosen()  # a compiled step would run stock attention over them now
             attachment = _attachments[self.model]
             attachment.sessions -= 1
             if attachment.sessions == 0:
@@ -163,6 +177,7 @@ def compress(
     *,
     defer: bool = False,
     reserve: int | None = None,
+    compiled: bool = False,
     **overrides: Any,
 ) -> Iterator[CompressedCache]:
     """Give a cache that compresses itself, for `model.generate(..., past_key_values=cache)` inside the block.
@@ -173,10 +188,14 @@ def compress(
         budget: what is kept: a ratio in (0, 1], `{"tokens": 512}` or `{"bytes": "64MiB"}`; by default the recipe's own.
         defer: keep everything until `cache.finish()` or the first decoded token; for prompts that arrive in chunks.
         reserve: slots of room to take for decoding, where the number of new tokens is known.
+        compiled: hold slots at fixed addresses once the prompt is compressed, so that one compiled graph decodes all of
+            the `reserve` tokens: `generate()` then compiles the decode step by itself where there is a GPU.
         overrides: `**{"policy.threshold": 0.3}` changes a field, `merger="mean"` replaces a part.
 
     Raises:
         ConfigError, UnknownNameError, BudgetError, UnsupportedModelError: the strategy or the model cannot be used.
+        UnsupportedUseError: `compiled` with a recipe that moves slots while tokens are decoded; or more tokens were
+            decoded by a compiled model than there was room for.
 
     Warns:
         UnusedCacheWarning: the block ended and the cache was never passed to the model.
@@ -185,11 +204,12 @@ def compress(
     built = _build(strategy, budget, overrides)
     session = attach(model)
     try:
-        cache = session.cache(built, defer=defer, reserve=reserve)
+        cache = session.cache(built, defer=defer, reserve=reserve, compiled=compiled)
         yield cache
     finally:
         session.detach()
     cache.check_attended()
+    cache.check_room()
     if not cache.used:
         warnings.warn(
             "the cache of compress() was never used; pass it to the model: model.generate(..., past_key_values=cache)",
@@ -207,13 +227,19 @@ def load_cache(path: str | Path, model: nn.Module) -> CompressedCache:
         InputError: the file cannot be read, or holds the cache of another model.
     """
     path = Path(path)
-    cache = _empty_cache(model, saved_strategy(path), defer=False, reserve=None)
+    cache = _empty_cache(model, saved_strategy(path))
     fill_cache(cache, path, model)
     return cache
 
 
 def _empty_cache(
-    model: nn.Module, strategy: Strategy, *, defer: bool, reserve: int | None, serves: Sequence[Strategy] = ()
+    model: nn.Module,
+    strategy: Strategy,
+    *,
+    defer: bool = False,
+    reserve: int | None = None,
+    compiled: bool = False,
+    serves: Sequence[Strategy] = (),
 ) -> CompressedCache:
     model_config: Any = model.config
     reference = weakref.ref(model)
@@ -224,7 +250,9 @@ def _empty_cache(
         return None if attachment is None else attachment.decoder
 
     adapter = adapter_for(model_config)
-    return CompressedCache(strategy, model_config, adapter, decoder, defer=defer, reserve=reserve, serves=serves)
+    return CompressedCache(
+        strategy, model_config, adapter, decoder, defer=defer, reserve=reserve, compiled=compiled, serves=serves
+    )
 
 
 def _build(source: Strategy | str | Path | Mapping[str, Any], budget: Any, overrides: dict[str, Any]) -> Strategy:
@@ -271,34 +299,53 @@ def _check_base(base: str) -> None:
         )
 
 
+def _check_compilable(base: str) -> None:
+    if base == flex.NAME:
+        raise UnsupportedUseError(
+            f"compiled=True runs on sdpa and eager attention, and the model's is {base!r}, whose masks are built anew "
+            "for each token; call model.set_attn_implementation('sdpa') first"
+        )
+
+
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return what a forward was called with, positional arguments under their names."""
     return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs} if args else kwargs
 
 
-def _cache_in(inputs: dict[str, Any]) -> CompressedCache | None:
+def _noted(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[CompressedCache, dict[str, Any]] | None:
+    """Return the cache of a forward and its inputs by name; None where there is none of ours, or where nothing is to be
+    noted: one token for slots at fixed addresses, which is the step that is compiled.
+    """
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, CompressedCache) and cache.is_fixed and new_token_count(kwargs) == 1:
+        return None
+    inputs = _named(module, args, kwargs)
     cache = inputs.get("past_key_values")
-    return cache if isinstance(cache, CompressedCache) else None
+    if not isinstance(cache, CompressedCache) or (cache.is_fixed and new_token_count(inputs) == 1):
+        return None
+    return cache, inputs
 
 
 def _note_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    inputs = _named(module, args, kwargs)
-    if cache := _cache_in(inputs):
+    if (noted := _noted(module, args, kwargs)) is not None:
+        cache, inputs = noted
         cache.note_inputs(inputs)
 
 
 def _note_rotary(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    inputs = _named(module, args, kwargs)
-    if cache := _cache_in(inputs):
+    if (noted := _noted(module, args, kwargs)) is not None:
+        cache, inputs = noted
         cache.note_rotary(module, inputs.get("position_embeddings"))
 
 
 def _end_text(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    inputs = _named(module, args, kwargs)
-    if cache := _cache_in(inputs):
+    if (noted := _noted(module, args, kwargs)) is not None:
+        cache, inputs = noted
         cache.text_ended(inputs)
 
 
 def _end_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    if cache := _cache_in(_named(module, args, kwargs)):
-        cache.forward_ended()
+    if (noted := _noted(module, args, kwargs)) is not None:
+        noted[0].forward_ended()

@@ -62,6 +62,7 @@ class LayerSnapshot:
     def put_back(self, layer: CompressedCacheLayer) -> None:
         """Make a layer what it was."""
         layer.forget_forward()
+        layer.fixed = None
         layer.storage.restore(self.storage)
         self._set_state(layer)
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from kvcomp.core.interfaces import Observation
-from kvcomp.core.storage import SlotStorage
+from kvcomp.core.storage import SlotStorage, SteadyStorage
 from kvcomp.core.types import Pivots, SlotForm
 from kvcomp.runtime.decoding import QueryLog
+from kvcomp.runtime.fixed import FixedSlots
 from kvcomp.runtime.rotary import RotaryColumns
 from kvcomp.runtime.slots import PackedTable, Places, SlotTable, gather_heads, new_tokens, padded, positions_after
 
@@ -47,6 +48,8 @@ class LayerState:
         self.steps = 0  # tokens decoded since the last compression
         self.prompt = self.tokens  # valid tokens of each row at the end of the last forward of several, on the CPU
         self.rotary: RotaryColumns | None = None  # of all columns seen, where the strategy reads it
+        self.fixed: FixedSlots | None = None  # where decode steps are compiled: `tail` and `seen` may be behind it
+        self.lost = 0  # decoded tokens that found no room
 
     # --- reading ---
 
@@ -66,11 +69,13 @@ class LayerState:
 
         A view; where heads or rows hold fewer slots than others, a copy with zeros at their ends.
         """
+        self.catch_up()
         return self._together(self.storage.read()[0]) if self.is_initialized else None
 
     @property
     def values(self) -> Tensor | None:
         """Return the values of the filled slots, `(batch, kv_heads, slots, head_dim)`, as `keys` does."""
+        self.catch_up()
         return self._together(self.storage.read()[1]) if self.is_initialized else None
 
     @property
@@ -87,10 +92,12 @@ class LayerState:
 
     def all_slots(self) -> SlotTable | None:
         """Return the table of all slots, the tail included; None before the first token."""
+        self.catch_up()
         return None if self.held_table is None else self.whole_table()
 
     def upcoming_positions(self) -> Tensor | None:
         """Return the position of the next token, `(axes, batch)`; None where positions are columns."""
+        self.catch_up()
         return None if self.next_positions is None else self.next_positions + self.tail
 
     def bookkeeping(self) -> list[Tensor]:
@@ -100,6 +107,7 @@ class LayerState:
         tensors += [tensor for tensor in (self.next_positions, self.memory) if tensor is not None]
         tensors += [packed.layout.ends] if (packed := self.storage.packed()) else []
         tensors += [] if self.rotary is None else self.rotary.tensors()
+        tensors += [] if self.fixed is None else self.fixed.tensors()
         return [*tensors, *self.log.tensors(), *self.carried.values()]
 
     def whole_table(self, arrived: bool = True) -> SlotTable:
@@ -131,6 +139,20 @@ class LayerState:
         return per_slot if table is None else table.together(per_slot, empty)
 
     # --- changing ---
+
+    def catch_up(self) -> None:
+        """Take note of what was appended to fixed slots, which only the device knows."""
+        if self.fixed is None:
+            return
+        assert isinstance(self.storage, SteadyStorage)
+        new, self.lost = self.fixed.news()
+        self.storage.count(new)
+        self.tail, self.seen = self.tail + new, self.seen + new
+
+    def loosen(self) -> None:
+        """Let slots move again."""
+        self.catch_up()
+        self.fixed = None
 
     def take_form(self, keys: Tensor, values: Tensor, layers: int) -> None:
         """Take note of what the layer is to hold, `(batch, kv_heads, tokens, head_dim)` each."""
@@ -201,5 +223,6 @@ class LayerState:
 
     def move(self, device: torch.device) -> None:
         """Move keys and values to a device."""
+        self.loosen()
         if self.is_initialized:
             self.storage.move(device)

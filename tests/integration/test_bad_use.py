@@ -5,7 +5,13 @@ import torch
 from inference import generate
 from models import image_inputs, text_inputs, tiny_llama, tiny_qwen3, tiny_qwen_vl
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AttentionInterface,
+    PretrainedConfig,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import kvcomp
 
@@ -94,8 +100,9 @@ def test_something_that_is_no_transformers_model_is_refused():
 
 def test_an_attention_implementation_that_is_not_served_is_refused():
     model = tiny_llama()
-    model.set_attn_implementation("flex_attention")
-    with pytest.raises(kvcomp.UnsupportedModelError, match=r"one of sdpa, eager, got 'flex_attention'"):
+    AttentionInterface.register("someones_own", lambda *args, **kwargs: None)
+    model.set_attn_implementation("someones_own")
+    with pytest.raises(kvcomp.UnsupportedModelError, match=r"one of sdpa, eager, flex_attention, got 'someones_own'"):
         kvcomp.attach(model)
 
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from inference import COMPRESSING, generate, generate_compressed, generate_stock, left_padded
-from models import TEXT, image_inputs, text_inputs, tiny_llama, tiny_qwen3, tiny_qwen_vl
+from models import TEXT, image_inputs, text_inputs, tiny_gemma2, tiny_llama, tiny_qwen3, tiny_qwen_vl
 from skewed import Skewed, skewed
-from transformers import Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM, PreTrainedModel
+from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel
 
 import kvcomp
 from kvcomp.core.hookspecs import hookimpl
@@ -25,16 +25,6 @@ def allocator() -> Iterator[None]:
     registry.register(plugin, name="skewed", package="kvcomp-tests")
     yield
     registry.unregister("skewed")
-
-
-def tiny_gemma2() -> PreTrainedModel:
-    """Return a Gemma 2 whose logits are capped, all of its layers with full attention."""
-    torch.manual_seed(0)
-    layers = {"layer_types": ["full_attention"] * 3, "head_dim": 16, "attn_logit_softcapping": 0.5}
-    model = Gemma2ForCausalLM(Gemma2Config(**TEXT, **layers)).eval()
-    for layer in model.model.layers:
-        layer.self_attn.q_proj.weight.data.mul_(50.0)
-    return model
 
 
 def tiny_gpt_oss() -> PreTrainedModel:

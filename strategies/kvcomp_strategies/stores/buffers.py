@@ -9,7 +9,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from kvcomp.core.storage import SlotStorage
+from kvcomp.core.packed import PackedSlots
+from kvcomp.core.storage import SteadyStorage
 from kvcomp.core.types import Guide
 
 FEWEST_NEW = 16  # slots that a full buffer grows by at least
@@ -49,6 +50,10 @@ class Buffers(ABC):
         """Return larger buffers with the filled slots copied."""
 
     @abstractmethod
+    def cleared(self, filled: int) -> PackedSlots | tuple[Tensor, Tensor]:
+        """Set the room after the filled slots to zero, and return the memory itself."""
+
+    @abstractmethod
     def write(self, filled: int, keys: Tensor, values: Tensor) -> None:
         """Put `(batch, kv_heads, tokens, head_dim)` after the filled slots."""
 
@@ -79,7 +84,7 @@ class Growth:
         return max(int((slots + new) * self.factor) - slots, new + FEWEST_NEW - 1)
 
 
-class BufferedStorage(SlotStorage):
+class BufferedStorage(SteadyStorage):
     """Slots in buffers.
 
     What is stored by `replace` takes exactly its own bytes. The first append moves it into buffers with room, so that
@@ -116,6 +121,20 @@ class BufferedStorage(SlotStorage):
             self._fresh = False
         buffers.write(self._filled, keys, values)
         self._filled += new
+
+    def take_room(self, slots: int) -> PackedSlots | tuple[Tensor, Tensor]:
+        """Take room for that many more slots, in buffers that may be written to in any mode, and return them."""
+        assert self._buffers is not None
+        buffers, more = self._buffers, self._filled + slots
+        with torch.inference_mode(mode=False):
+            if more > buffers.capacity or self._filled < buffers.held or buffers.keys.is_inference():
+                buffers = self._buffers = buffers.grown(self._filled, max(more, buffers.capacity))
+            self._fresh = False
+            return buffers.cleared(self._filled)
+
+    def count(self, slots: int) -> None:
+        """Take note that so many slots were written into the room."""
+        self._filled += slots
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Return keys and values of all slots."""

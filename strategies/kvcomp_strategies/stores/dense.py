@@ -33,6 +33,12 @@ class DenseBuffers(Buffers):
         """Return larger buffers with the filled slots copied."""
         return DenseBuffers(_grown(self.keys, filled, capacity), _grown(self.values, filled, capacity))
 
+    def cleared(self, filled: int) -> tuple[Tensor, Tensor]:
+        """Set the room to zero and return the buffers."""
+        self.keys[:, :, filled:] = 0
+        self.values[:, :, filled:] = 0
+        return self.keys, self.values
+
     def write(self, filled: int, keys: Tensor, values: Tensor) -> None:
         """Put slots after the filled ones."""
         self.keys[:, :, filled : filled + keys.shape[2]] = keys

@@ -61,6 +61,15 @@ class PackedBuffers(Buffers):
         layout = replace(self.layout, ends=self.layout.ends.to(device))
         return PackedBuffers(self.keys.to(device), self.values.to(device), layout)
 
+    def cleared(self, filled: int) -> PackedSlots:
+        """Set the room of every sequence to zero and return the slots as they lie."""
+        free = self.capacity - filled
+        starts = (self.layout.ends.cpu() + (filled - self.layout.width)).tolist()
+        places = runs(starts, [free] * len(starts), self.keys.device)
+        self.keys.index_fill_(0, places, 0)
+        self.values.index_fill_(0, places, 0)
+        return self.packed(filled)
+
     def write(self, filled: int, keys: Tensor, values: Tensor) -> None:
         """Put slots after the filled ones of every sequence, in place."""
         places = self.layout.ends + (filled - self.layout.width)

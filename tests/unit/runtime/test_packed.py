@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -160,17 +161,17 @@ def test_variable_length_attention_is_told_where_sequences_lie(tokens: int, monk
     monkeypatch.setattr(packed, "_varlen_attention", lambda: varlen)
     slots, query = slots_of(3), queries_of(tokens)
     causal = torch.ones(2, HEADS, tokens, 8, dtype=torch.bool).tril(8 - tokens)
-    output = packed._varlen(query, slots, 0.4)
+    output = packed._varlen(query, slots, 0.4, slots.appended)
     assert torch.allclose(output.double(), naive(query, slots, causal, Logits(0.4)), atol=1e-6)
 
 
 def test_where_attention_can_run_over_packed_slots() -> None:
     slots = slots_of(1)
-    assert can_attend("sdpa", queries_of(1), slots, causal=False)
-    elsewhere = queries_of(1).to("meta")
-    assert can_attend("eager", elsewhere, slots, causal=False)
-    assert not can_attend("sdpa", elsewhere, slots, causal=False)
-    assert not can_attend("sdpa", elsewhere, slots, causal=True)
+    assert can_attend("sdpa", slots, Logits(1.0), causal=False)
+    elsewhere = replace(slots, keys=slots.keys.to("meta"))
+    assert can_attend("eager", elsewhere, Logits(1.0), causal=False)
+    assert not can_attend("sdpa", elsewhere, Logits(1.0), causal=False)
+    assert not can_attend("sdpa", elsewhere, Logits(1.0), causal=True)
 
 
 def test_torch_is_asked_once_whether_it_has_the_kernel() -> None:
@@ -185,6 +186,6 @@ def test_the_kernel_itself_agrees(tokens: int) -> None:
     slots, query = slots_of(3, torch.bfloat16), queries_of(tokens, torch.bfloat16)
     causal = torch.ones(2, HEADS, tokens, 8, dtype=torch.bool).tril(8 - tokens)
     there, moved = query.cuda(), slots_of(3, torch.bfloat16, "cuda")
-    assert can_attend("sdpa", there, moved, causal=True)
+    assert can_attend("sdpa", moved, Logits(1.0), causal=True)
     output, _ = attend_packed("sdpa", there, moved, [None] * 4, Logits(0.4))
     assert torch.allclose(output.cpu().double(), naive(query, slots, causal, Logits(0.4)), atol=0.03)
