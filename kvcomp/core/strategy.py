@@ -23,6 +23,7 @@ from kvcomp.core.interfaces import (
     Scorer,
     Store,
 )
+from kvcomp.core.stages import stage
 from kvcomp.core.trigger import PREFILL_END, Trigger
 from kvcomp.core.types import Assignment, CompressedLayer, Guide, LayerView, MergePlan, Pivots, Scores, SlotForm
 
@@ -148,6 +149,7 @@ class Strategy:
         full = tokens * form.heads * form.slot_bytes
         return self.store.fits and bool((self.limit(tokens, form) >= full).all())
 
+    @stage("score")
     def scores(self, layer: LayerView, slots: Tensor | None = None) -> Scores:
         """Return the importance and the protection of each token. `slots` is the uniform share, `(batch,)`."""
         slots = self._share(layer) if slots is None else slots
@@ -161,10 +163,12 @@ class Strategy:
         protected = protected if wanted is None else wanted & layer.valid
         return Scores(values, protected, self.scorer.tiers(layer, slots))
 
+    @stage("score")
     def together(self, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Sequence[Scores]:
         """Return the scores of all layers of a model as the scorer sees them together."""
         return scores if self.scorer is None else self.scorer.together(layers, scores)
 
+    @stage("select")
     def allocate(self, slots: Tensor, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Tensor:
         """Return the slots of every head, `(layers, batch, kv_heads)`, none above what the head holds; without a
         selector nothing is shared out, and every head keeps what it holds.
@@ -199,9 +203,18 @@ class Strategy:
             slots = self.allocate(share, [layer], [scores])[0]
         scores = self.for_slots(layer, scores, slots)
         policy = self.policy.plan(layer)
-        pivots = self.selector.select(layer, scores, slots)
-        return MergePlan(pivots, self.matcher.match(layer, pivots, scores, policy.rule), policy.rho)
+        pivots = self._select(self.selector, layer, scores, slots)
+        return MergePlan(pivots, self._match(layer, pivots, scores, policy.rule), policy.rho)
 
+    @stage("select")
+    def _select(self, selector: PivotSelector, layer: LayerView, scores: Scores, slots: Tensor) -> Pivots:
+        return selector.select(layer, scores, slots)
+
+    @stage("match")
+    def _match(self, layer: LayerView, pivots: Pivots, scores: Scores, rule: Tensor) -> Assignment:
+        return self.matcher.match(layer, pivots, scores, rule)
+
+    @stage("merge")
     def apply(self, layer: LayerView, plan: MergePlan) -> CompressedLayer:
         """Return what the layer keeps under this plan: new tensors, the view is not changed."""
         if plan.pivots is None or plan.assignment is None or _nothing_goes(layer, plan.pivots):
@@ -226,6 +239,7 @@ class Strategy:
             mask=pivots.mask,
         )
 
+    @stage("store")
     def guide(self, layer: LayerView, plan: MergePlan, scores: Scores) -> Guide | None:
         """Return what the store may go by for the slots of this plan; None for a store that holds them as they are.
 

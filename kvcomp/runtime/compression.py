@@ -11,9 +11,10 @@ from torch import Tensor
 from kvcomp.core.errors import UnsupportedModelError, UnsupportedUseError
 from kvcomp.core.interfaces import Observation
 from kvcomp.core.rotary import Rotary
+from kvcomp.core.stages import stage
 from kvcomp.core.storage import SlotStorage
 from kvcomp.core.strategy import Strategy
-from kvcomp.core.types import LayerView, Pivots, Scores
+from kvcomp.core.types import CompressedLayer, Guide, LayerView, Pivots, Scores
 from kvcomp.runtime.adapter import ModelAdapter
 from kvcomp.runtime.decoding import FOLD, QueryLog
 from kvcomp.runtime.forward import Forward
@@ -202,12 +203,15 @@ class LayerCompression(LayerState):
         self.memory = plan.assignment.memory
         padded = table.columns is not table.indices
         self.table = SlotTable.of(layer, plan.pivots.gather(table.columns) if padded else None)
-        guide = strategy.guide(view, plan, scores)
-        self.storage.replace(layer.keys, layer.values, layer.mask, guide)
+        self._store(layer, strategy.guide(view, plan, scores))
         self._carry(view, plan.pivots)
         self.rotary = self.rotary if self._reads_rotary else None
         self._view = self._scores = None
         self.seconds += time.perf_counter() - started
+
+    @stage("store")
+    def _store(self, layer: CompressedLayer, guide: Guide | None) -> None:
+        self.storage.replace(layer.keys, layer.values, layer.mask, guide)
 
     def _stays(self) -> bool:
         """Return whether what came after the first compression stays as it is."""
@@ -272,6 +276,7 @@ class LayerCompression(LayerState):
             rotary=self._rotary(table) if self.request.reads_rotary else None,
         )
 
+    @stage("observe")
     def _look_back(self, observations: Sequence[Observation]) -> dict[Observation, Tensor]:
         """Return the observations over the queries since the last compression."""
         keys, mass = self.storage.read()[0], self.request.strategy.mass_preserving
