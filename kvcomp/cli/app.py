@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from kvcomp.cli.bench import bench
 from kvcomp.cli.catalogue import check, list_entries, show
 from kvcomp.cli.demo import demo
 from kvcomp.cli.evaluate import evaluate
@@ -69,4 +70,5 @@ app.command()(check)
 app.command()(run)
 app.command("eval")(evaluate)
 app.command()(demo)
+app.command()(bench)
 app.add_typer(tasks, name="tasks")

@@ -172,13 +172,13 @@ def read_request(
     """
     chosen, unknown = ([], []) if data is not None else find_tasks(tasks, model)
     faults = [f"--tasks: {fault}" for fault in unknown]
-    folder = _tried(faults, "--model", lambda: find_folder(model))
-    source = _tried(faults, "--data", lambda: read_folder(data, tasks, prompts or {}))
+    folder = tried(faults, "--model", lambda: find_folder(model))
+    source = tried(faults, "--data", lambda: read_folder(data, tasks, prompts or {}))
     if predictions is not None and data is None:
         faults.append("--predictions: must come with --data: MileBench's format is for its own tasks")
-    kept = None if budget is None else _tried(faults, "--budget", lambda: Budget.parse(budget))
-    overrides = _tried(faults, "--set", lambda: parse_overrides(changes))
-    method = _tried(faults, "--strategy", lambda: find_method(strategy_source(strategy), kept, **overrides or {}))
+    kept = None if budget is None else tried(faults, "--budget", lambda: Budget.parse(budget))
+    overrides = tried(faults, "--set", lambda: parse_overrides(changes))
+    method = tried(faults, "--strategy", lambda: find_method(strategy_source(strategy), kept, **overrides or {}))
     if faults:
         raise ConfigError(faults, source="kvcomp eval")
     assert folder is not None
@@ -211,7 +211,7 @@ def describe_data(data: TaskFolder, tasks: Sequence[Task], results: Sequence[Tas
     }
 
 
-def _tried(faults: list[str], option: str, build: Callable[[], Built]) -> Built | None:
+def tried(faults: list[str], option: str, build: Callable[[], Built]) -> Built | None:
     """Return what an option stands for; None where it cannot be built, and the faults then say why."""
     try:
         return build()

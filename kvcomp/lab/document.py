@@ -44,7 +44,7 @@ def make_document(comparison: Comparison, results: Results, seconds: float) -> D
         "batch": comparison.batch,
         "max_new_tokens": comparison.max_new_tokens,
         "seed": comparison.seed,
-        **_circumstances(seconds),
+        **circumstances(seconds),
     }
 
 
@@ -65,11 +65,11 @@ def make_evaluation_document(evaluation: Evaluation, results: Sequence[TaskResul
         "batch": evaluation.batch,
         "max_new_tokens": evaluation.max_new_tokens,
         "image_processing": evaluation.bed.codec.describe_images(),
-        **_circumstances(seconds),
+        **circumstances(seconds),
     }
 
 
-def _circumstances(seconds: float) -> Document:
+def circumstances(seconds: float) -> Document:
     """Return how long it took, on what."""
     return {
         "seconds": round(seconds, 1),
