@@ -55,7 +55,7 @@ def row(*parts: int | str, seed: int = 0) -> Row:
             ids += [*(IMAGE if place else ()), *torch.randint(2, 80, (text,), generator=generator).tolist()]
         if len(texts) > 1:
             pixels[number] = torch.randn(16 * (len(texts) - 1), PATCH, generator=generator)
-        forwards.append(torch.tensor(ids))
+        forwards.append(torch.tensor(ids, dtype=torch.long))
     return Row(tuple(forwards), pixels)
 
 

@@ -292,6 +292,11 @@ def _implementation(decoder: Any) -> str:
 
 
 def _check_base(base: str) -> None:
+    if base.startswith(attention.PREFIX):
+        raise UnsupportedUseError(
+            "the model must be attached once, and its text model runs kvcomp's attention already, for a session with "
+            "another model that it is a part of; use that session, or detach it first"
+        )
     if base not in attention.BASES:
         raise UnsupportedModelError(
             f"the attention implementation must be one of {', '.join(attention.BASES)}, got {base!r}; call "

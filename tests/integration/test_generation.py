@@ -71,8 +71,9 @@ def test_samples_are_drawn_from_what_each_continuation_says_alone(name):
         torch.testing.assert_close(logits[place], expected, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("deferred", [False, True], ids=["", "deferred"])
-@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize(
+    ("name", "deferred"), [(name, False) for name in STORED] + [("dense", True), ("ragged after a second pass", True)]
+)
 def test_picked_and_repeated_rows_go_on_as_they_would_alone(name, deferred):
     rows = [row(40, 1, 1, seed=1), row(26, 1, 1, seed=2), row(13, 1, 1, seed=3)]
     recipe, budget, overrides = STORED[name]

@@ -154,6 +154,16 @@ def test_a_cache_whose_forward_did_not_end_is_refused_until_it_is_restored(recip
         assert model(**inputs, past_key_values=cache).logits.isfinite().all()
 
 
+def test_a_part_of_an_attached_model_is_refused():
+    model = tiny_llama()
+    before, session = left(model), kvcomp.attach(model)
+    with pytest.raises(kvcomp.UnsupportedUseError, match="attached once"):
+        kvcomp.attach(model.model)
+    session.detach()
+    kvcomp.attach(model.model).detach()
+    assert left(model) == before
+
+
 def test_sessions_overlap_in_any_order():
     model = tiny_llama()
     before = left(model)

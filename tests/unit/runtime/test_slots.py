@@ -1,8 +1,9 @@
 """Tables of slots."""
 
+import pytest
 import torch
 
-from kvcomp.runtime.slots import PackedTable, SlotTable
+from kvcomp.runtime.slots import PackedTable, SlotTable, new_tokens
 
 
 def _table(same_columns: bool) -> SlotTable:
@@ -31,3 +32,15 @@ def test_a_packed_table_holds_what_is_filled_and_comes_back():
             assert getattr(again, name).dtype == getattr(table, name).dtype, name
         filled = sum(tensor.numel() for tensor in packed.tensors() if tensor is not packed.mask)
         assert filled == 10 * 6  # indices, columns, counts, modality and two axes of positions
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("more", [0, 3])
+def test_places_are_the_columns_of_the_whole_table(packed, more):
+    """What a mask is made of, without the rest of the table."""
+    table = _table(same_columns=False)
+    held = PackedTable.of(table) if packed else table
+    later = new_tokens((2, 2, more), 19, torch.full((2,), 16), device=torch.device("cpu"))
+    expected, places = table.extend(later) if more else table, held.places.then(19, more)
+    assert places.columns.tolist() == expected.columns.tolist()
+    assert places.valid.tolist() == expected.valid.tolist()
