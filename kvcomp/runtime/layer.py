@@ -16,7 +16,7 @@ from kvcomp.runtime.adapter import per_head
 from kvcomp.runtime.compression import LayerCompression
 from kvcomp.runtime.fixed import LAYER_ATTRIBUTE, FixedSlots, rounded
 from kvcomp.runtime.forward import Forward, Logits
-from kvcomp.runtime.masks import over_sequences, over_slots, row_validity, with_mass
+from kvcomp.runtime.masks import over_sequences, over_slots, row_validity, visible, with_mass
 from kvcomp.runtime.packed import can_attend, own_slots
 from kvcomp.runtime.slots import PackedTable
 
@@ -236,6 +236,7 @@ class CompressedCacheLayer(LayerCompression, DynamicLayer):  # type: ignore[no-u
             self._decoded(queries, logits)
             return
         modality, positions = self.request.arriving()
+        self._drop_padding(mask)
         valid = row_validity(mask, queries.shape[0], self.arrived)
         columns = torch.arange(self.seen - self.arrived, self.seen, device=queries.device)
         forward = Forward(queries, slot_mask, columns, valid, modality, logits)
@@ -243,6 +244,24 @@ class CompressedCacheLayer(LayerCompression, DynamicLayer):  # type: ignore[no-u
         self.take_in(queries.shape[0], valid, modality, positions)
         if not self.request.defer:
             self.request.compress_after(self)
+
+    def _drop_padding(self, mask: Tensor | None) -> None:
+        """Let go of tokens that arrived before and are padding by the mask of this forward: what `generate()` appends
+        to rows that have ended, while others go on.
+        """
+        if mask is None or self.held_table is None:
+            return
+        start, rows = self.seen - self.arrived, len(self.tokens)
+        if torch.equal(visible(mask[:, 0, -1, :start]).expand(rows, -1).sum(dim=1).cpu(), self.tokens + self.tail):
+            return  # one sync per layer and later turn
+        shown = visible(mask[:, 0, :, :start]).any(dim=1).expand(rows, -1)
+        self.take_in_tail()
+        table = self.table
+        assert table is not None
+        columns = table.columns.clamp(min=0).long()
+        stays = table.valid & shown.gather(1, columns.flatten(1)).view(columns.shape)
+        if not torch.equal(stays, table.valid):
+            self.table, self.tokens, self.holds_padding = table.masked(stays), shown.sum(dim=1).cpu(), True
 
     def _decoded(self, queries: Tensor, logits: Logits) -> None:
         """Take note of one decoded token, then compress where it is time."""

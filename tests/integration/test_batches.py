@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conversations import check_rows, converse, row
+from conversations import check_row, check_rows, converse, row
 from inference import FIRM, RECIPES, STRATEGIES, generate_compressed, generate_stock, left_padded
 from models import text_inputs, tiny_llama, tiny_qwen_vl
 
@@ -65,6 +65,44 @@ def test_rows_that_are_compressed_while_they_decode_are_what_they_are_alone(name
     model.set_attn_implementation(attention)
     near = 0.05 if codes(name) else 1e-4
     check_rows(model, rows, recipe, budget, near=near, trigger=TRIGGERS[trigger], **overrides)
+
+
+ENDED = ["flowmm", "h2o", "h2o, ragged", "d2o, mass", "kvzip", "kvzip, appended", "pyramidkv", "mikv", "full"]
+
+
+@pytest.mark.parametrize("name", ENDED)
+@torch.no_grad()
+def test_what_is_appended_to_a_row_that_has_ended_is_padding_in_the_next_turn(name):
+    """The shorter row ends after one token, and `generate()` pads it while the other goes on; both are asked again."""
+    recipe, budget, overrides = CASES[name]
+    model = tiny_llama()
+    batch = left_padded([text_inputs(tokens, seed=tokens)["input_ids"] for tokens in (60, 27)])
+    ids = torch.cat([batch["input_ids"], text_inputs(12, batch=2)["input_ids"]], dim=1)
+    mask = torch.cat([batch["attention_mask"], torch.ones(2, 12, dtype=torch.long)], dim=1)
+    mask[1, 61:64] = 0
+    session = kvcomp.attach(model)
+    caches = [session.cache(recipe, budget, **overrides) for _ in range(3)]
+
+    def feed(cache, ids, mask, widths, answered):
+        said, end = [], 0
+        for width in widths:
+            start, end = end, end + width
+            known = mask[:, :end].clone()
+            known[:, widths[0] : answered] = 1 if end <= answered else known[:, widths[0] : answered]
+            positions = (known.cumsum(dim=1) - 1).clamp(min=0)[:, start:]
+            inputs = {"input_ids": ids[:, start:end], "attention_mask": known, "position_ids": positions}
+            said.append(model(**inputs, past_key_values=cache).logits[:, -1])
+        return said
+
+    together = feed(caches[0], ids, mask, [60, 1, 1, 1, 1, 7, 1], answered=64)
+    for place, (prompt, answer) in enumerate(((60, 4), (27, 1))):
+        own = mask[place : place + 1][:, mask[place] == 1], ids[place : place + 1, mask[place] == 1]
+        alone = feed(caches[1 + place], own[1], own[0], [prompt, *[1] * answer, 7, 1], answered=0)
+        for seen, expected in zip(together[-2:], alone[-2:], strict=True):
+            near = 0.05 if codes(name) else 1e-4
+            torch.testing.assert_close(seen[place], expected[0], atol=near, rtol=near)
+        check_row(caches[0], place, caches[1 + place], near=0.05 if codes(name) else 1e-4)
+    session.detach()
 
 
 @pytest.mark.parametrize("name", ["h2o", "h2o, ragged", "d2o, mass"])
