@@ -150,7 +150,8 @@ class CompressedCache(Cache):
         first = next(iter(self.compressed_layers.values()))
         if "mm_token_type_ids" not in inputs and (modality := self.adapter.modality(inputs)) is not None:
             inputs["mm_token_type_ids"] = modality.int()
-        arguments = next_turn_arguments(model, inputs, first.seen, first.upcoming_positions())
+        tokens = first.tokens + first.tail
+        arguments = next_turn_arguments(model, inputs, first.seen, tokens, first.upcoming_positions())
         return {**arguments, "past_key_values": self}
 
     def reset(self) -> None:

@@ -15,7 +15,7 @@ MEDIA = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_vi
 
 
 def next_turn_arguments(
-    model: nn.Module, inputs: Mapping[str, Any], seen: int, next_positions: Tensor | None
+    model: nn.Module, inputs: Mapping[str, Any], seen: int, tokens: Tensor, next_positions: Tensor | None
 ) -> dict[str, Any]:
     """Return the keyword arguments for `generate`, the cache not included.
 
@@ -23,6 +23,7 @@ def next_turn_arguments(
         model: the model.
         inputs: of the whole conversation as the processor gives them, media of earlier turns included.
         seen: columns that the cache has seen.
+        tokens: how many of them are no padding, as far as the cache knows, `(batch,)` int64 on the CPU.
         next_positions: `(axes, batch)` of the next token, None where positions are columns.
 
     Raises:
@@ -39,15 +40,17 @@ def next_turn_arguments(
     fresh = _new_media(model, inputs, seen)
     if next_positions is None or not hasattr(getattr(model, "base_model", None), "get_rope_index"):
         return arguments | fresh
-    next_positions = next_positions.expand(3, -1)
-    positions = _rope_index(model, inputs) if fresh else _continued(arguments["attention_mask"], seen, next_positions)
-    return arguments | fresh | {"position_ids": positions}
+    if fresh:
+        return arguments | fresh | {"position_ids": _rope_index(model, inputs)}
+    mask: Tensor = arguments["attention_mask"]
+    ended = (tokens - mask[:, :seen].sum(dim=1).cpu()).clamp(min=0)  # what rows that had ended were padded with
+    return arguments | {"position_ids": _continued(mask, seen, next_positions - ended.to(next_positions.device))}
 
 
 def _continued(mask: Tensor, seen: int, next_positions: Tensor) -> Tensor:
     """Return `(axes, batch, tokens)`: text positions of the new columns; those before are not looked at again."""
     new = (mask[:, seen:].cumsum(dim=1) - 1).clamp(min=0)
-    positions = next_positions.long()[..., None] + new.to(next_positions.device)
+    positions = next_positions.long().expand(3, -1)[..., None] + new.to(next_positions.device)
     return torch.cat([positions.new_zeros(*positions.shape[:2], seen), positions], dim=2)
 
 
