@@ -79,7 +79,8 @@ def bench(
         int, typer.Option(min=1, help="Decode no more sequences at a time, however many fit.")
     ] = 64,
     compiled: Annotated[
-        bool | None, typer.Option(help="Also a static cache decoded with torch.compile; by default unless --quick.")
+        bool | None,
+        typer.Option(help="Also a static cache and strategies, decoded with torch.compile; by default unless --quick."),
     ] = None,
     memory: Annotated[
         bool | None, typer.Option(help="Also peak memory, on a CPU each in a fresh process; by default unless --quick.")

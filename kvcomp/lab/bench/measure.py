@@ -138,6 +138,8 @@ class Bench:
 
     def run(self, tokens: int, on_step: Callable[[str], None] = lambda what: None) -> list[Found]:
         """Return what each case showed with a prompt of this length; `on_step` is told of each run before it."""
+        if any(case.compiled for case in self.cases):
+            self._forget_compiled()  # another length means other shapes, and the compiler keeps a limited number
         parameter = next(self.model.parameters())
         prompt = self.shape.prompt(tokens, parameter.device, parameter.dtype)
 
@@ -172,6 +174,11 @@ class Bench:
             else entry
             for number, entry in enumerate(found)
         ]
+
+    def _forget_compiled(self) -> None:
+        for case in self.cases:
+            case.forget()
+        torch.compiler.reset()
 
     def _rate(self, rates: Sequence[float], stock: Sequence[float], memory: int, fits: int) -> Throughput:
         ratio = Spread.of([mine / other for mine, other in zip(rates, stock, strict=True)])
@@ -255,4 +262,5 @@ def _at(timing: Timing, name: str) -> float:
 
 
 def _reason(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """Return what an error says, without the traces that compilers add."""
+    return " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
