@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvcomp.core.errors import InputError
 from kvcomp.core.packed import PackedSlots
 from kvcomp.core.types import Guide
 
@@ -77,7 +78,13 @@ class SlotStorage(ABC):
         return {"keys": keys, "values": values}, None
 
     def load(self, tensors: Mapping[str, Tensor], data: Any) -> None:
-        """Hold what `dump` returned."""
+        """Hold what `dump` returned.
+
+        Raises:
+            InputError: it is not of a store like this one.
+        """
+        if data is not None:
+            raise InputError(f"{type(self).__name__} holds slots as they came, and the file describes codes")
         self.replace(tensors["keys"], tensors["values"])
 
     @abstractmethod

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from kvcomp.core.errors import InputError, UnsupportedModelError, UnsupportedUseError
-from kvcomp.core.storage import SlotStorage, SteadyStorage
 from kvcomp.core.strategy import Strategy
 from kvcomp.core.types import LayerView, Scores
 from kvcomp.runtime.adapter import ModelAdapter
 from kvcomp.runtime.compression import LayerCompression
+from kvcomp.runtime.fixed import check_steady
 from kvcomp.runtime.layer import NO_DRAFTS, CompressedCacheLayer
 from kvcomp.runtime.report import Report, report_layer, storage_bytes
 from kvcomp.runtime.rotary import RotaryColumns
@@ -69,6 +69,7 @@ class CompressedCache(Cache):
         if not full:
             raise UnsupportedModelError("the model has no full-attention layer, so there is nothing to compress")
         self.strategy = strategy
+        self.config = config
         self.adapter = adapter
         self.decoder = decoder
         self.defer = defer
@@ -208,6 +209,7 @@ class CompressedCache(Cache):
         """Write the cache to a safetensors file, which `kvcomp.load_cache(path, model)` reads, in another process too.
 
         Raises:
+            InputError: the file cannot be written.
             UnsupportedUseError: the cache is empty, waits for `finish()`, or has layers that are not compressed.
         """
         from kvcomp.runtime.files import save_cache  # files knows the cache, and is needed only here
@@ -469,37 +471,3 @@ def new_token_count(inputs: Mapping[str, Any]) -> int | None:
     """Return how many tokens a forward is given, None where that cannot be told."""
     given = _given(inputs)
     return None if given is None else int(given.shape[1])
-
-
-def check_steady(strategy: Strategy, storages: Sequence[SlotStorage], others: int, *, defer: bool) -> None:
-    """Raise where slots would not stay at fixed addresses while tokens are decoded, with every reason.
-
-    Args:
-        strategy: what compresses.
-        storages: of its layers.
-        others: layers that are not compressed.
-        defer: whether the compression waits.
-
-    Raises:
-        UnsupportedModelError: the model has layers that are not compressed.
-        UnsupportedUseError: the strategy or a setting moves slots.
-    """
-    if others:
-        raise UnsupportedModelError(
-            f"compiled=True needs full attention in every layer: {others} layers have sliding windows or linear "
-            "attention, and their caches grow. Decode without it"
-        )
-    reasons = []
-    if not all(isinstance(storage, SteadyStorage) for storage in storages):
-        reasons.append(f"store {strategy.store.use!r} rewrites slots while tokens are appended; use dense or ragged")
-    if strategy.recompresses:
-        reasons.append(f"trigger {strategy.trigger} compresses while tokens are decoded; use prefill-end")
-    if strategy.reads_rotary and strategy.turns == "recompress":
-        reasons.append("keys are turned back in later turns by the rotary embeddings of all tokens; use turns: append")
-    if defer:
-        reasons.append("defer=True compresses at the first decoded token; leave it out")
-    if reasons:
-        raise UnsupportedUseError(
-            f"compiled=True needs slots that stay where they are, and with recipe {strategy.name!r} they do not: "
-            + "; ".join(reasons)
-        )

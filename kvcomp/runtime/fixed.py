@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvcomp.core.errors import UnsupportedModelError, UnsupportedUseError
 from kvcomp.core.packed import PackedSlots
+from kvcomp.core.storage import SlotStorage, SteadyStorage
+from kvcomp.core.strategy import Strategy
 from kvcomp.runtime.forward import Logits
 from kvcomp.runtime.grouped import attend_grouped
 from kvcomp.runtime.packed import attend_packed, can_attend, own_slots
@@ -176,3 +179,37 @@ def _places(slots: PackedSlots, capacity: int) -> Tensor:
     places = torch.where(axis < layout.width, axis, axis - layout.width + lengths)
     places = torch.where((axis >= lengths) & (axis < layout.width), 0, places) + starts
     return places.view(-1, layout.kv_heads, capacity)
+
+
+def check_steady(strategy: Strategy, storages: Sequence[SlotStorage], others: int, *, defer: bool) -> None:
+    """Raise where slots would not stay at fixed addresses while tokens are decoded, with every reason.
+
+    Args:
+        strategy: what compresses.
+        storages: of its layers.
+        others: layers that are not compressed.
+        defer: whether the compression waits.
+
+    Raises:
+        UnsupportedModelError: the model has layers that are not compressed.
+        UnsupportedUseError: the strategy or a setting moves slots.
+    """
+    if others:
+        raise UnsupportedModelError(
+            f"compiled=True needs full attention in every layer: {others} layers have sliding windows or linear "
+            "attention, and their caches grow. Decode without it"
+        )
+    reasons = []
+    if not all(isinstance(storage, SteadyStorage) for storage in storages):
+        reasons.append(f"store {strategy.store.use!r} rewrites slots while tokens are appended; use dense or ragged")
+    if strategy.recompresses:
+        reasons.append(f"trigger {strategy.trigger} compresses while tokens are decoded; use prefill-end")
+    if strategy.reads_rotary and strategy.turns == "recompress":
+        reasons.append("keys are turned back in later turns by the rotary embeddings of all tokens; use turns: append")
+    if defer:
+        reasons.append("defer=True compresses at the first decoded token; leave it out")
+    if reasons:
+        raise UnsupportedUseError(
+            f"compiled=True needs slots that stay where they are, and with recipe {strategy.name!r} they do not: "
+            + "; ".join(reasons)
+        )

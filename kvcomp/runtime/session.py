@@ -219,12 +219,12 @@ def compress(
 
 
 def load_cache(path: str | Path, model: nn.Module) -> CompressedCache:
-    """Return the cache that `cache.save(path)` wrote, on the model's device.
+    """Return the cache that `cache.save(path)` wrote, on the devices of the model's layers and in the model's dtype.
 
     It can be read at once; to go on with it, the model must be inside `kvcomp.compress(...)` or `kvcomp.attach(model)`.
 
     Raises:
-        InputError: the file cannot be read, or holds the cache of another model.
+        InputError: the file cannot be read, is damaged, or holds the cache of a model with another configuration.
     """
     path = Path(path)
     cache = _empty_cache(model, saved_strategy(path))
