@@ -69,8 +69,9 @@ class GenericAdapter(ModelAdapter, use="generic"):
 
     def output_projection(self, attention: nn.Module) -> Tensor | None:
         """Return the weight of the linear layer that attention ends with, by the names that families give it; None for
-        other names and for weights that are stored as codes.
+        other names, and for weights that are stored as codes or elsewhere until they are needed.
         """
         found = (getattr(attention, name, None) for name in OUTPUT_NAMES)
         layer = next((module for module in found if isinstance(module, nn.Linear)), None)
-        return None if layer is None or not layer.weight.is_floating_point() else layer.weight
+        held = layer is not None and layer.weight.is_floating_point() and not layer.weight.is_meta
+        return layer.weight if layer is not None and held else None

@@ -173,7 +173,7 @@ class Strategy:
         """Return the slots of every head, `(layers, batch, kv_heads)`, none above what the head holds; without a
         selector nothing is shared out, and every head keeps what it holds.
         """
-        held = torch.stack([layer.valid.sum(dim=-1) for layer in layers]).cpu()
+        held = torch.stack([layer.valid.sum(dim=-1).cpu() for layer in layers])  # layers may be on several devices
         if self.selector is None:
             return held
         allotted = self.allocator.allocate(slots, layers, scores)

@@ -372,7 +372,9 @@ class CompressedCache(Cache):
         upcoming = next(iter(self.compressed_layers.values())).upcoming_positions()
         if upcoming is None or positions.shape[-1] == 1:
             return
-        if bool((positions.amax(dim=(0, 2)) < upcoming.amax(dim=0)).all()):  # one sync per later turn
+        if bool(
+            (positions.amax(dim=(0, 2)).to(upcoming.device) < upcoming.amax(dim=0)).all()
+        ):  # one sync per later turn
             raise UnsupportedUseError(
                 "the new tokens stand before the end of what the cache has seen; a cache belongs to one conversation, "
                 "so use a new one for another prompt"

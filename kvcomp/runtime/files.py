@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvcomp.core.config import strategy
 from kvcomp.core.errors import InputError, KVCompError, UnsupportedUseError
@@ -192,13 +192,23 @@ def _own(tensors: Mapping[str, Tensor], prefix: str, device: torch.device) -> di
 
 
 def _devices(model: Any) -> dict[int, torch.device]:
-    """Return where each layer computes, by its number; where its weights are elsewhere meanwhile, it is not listed."""
-    found = {}
-    for module in model.get_decoder().modules():
-        number, weight = getattr(module, "layer_idx", None), next(module.parameters(), None)
-        if isinstance(number, int) and weight is not None and not weight.is_meta:
-            found[number] = weight.device
-    return found
+    """Return where each layer computes, by its number."""
+    modules = [
+        module for module in model.get_decoder().modules() if isinstance(getattr(module, "layer_idx", None), int)
+    ]
+    return {int(module.layer_idx): device for module in modules if (device := _device(module)) is not None}
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    """Return where a module computes: where its weights are, or where accelerate brings them when they are needed."""
+    weight = next(module.parameters(), None)
+    if weight is None or not weight.is_meta:
+        return None if weight is None else weight.device
+    # accelerate tells it nowhere else.
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    found = next((device for device in devices if device is not None), None)
+    return None if found is None else torch.device(found)
 
 
 def _fill(layer: CompressedCacheLayer, record: LayerRecord, own: dict[str, Tensor], dtype: torch.dtype | None) -> None:

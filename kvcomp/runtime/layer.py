@@ -235,7 +235,8 @@ class CompressedCacheLayer(LayerCompression, DynamicLayer):  # type: ignore[no-u
         if self.arrived == 1 and self.held_table is not None:
             self._decoded(queries, logits)
             return
-        modality, positions = self.request.arriving()
+        arriving = self.request.arriving()  # on the device of the inputs, which need not be that of this layer
+        modality, positions = (None if entry is None else entry.to(queries.device) for entry in arriving)
         self._drop_padding(mask)
         valid = row_validity(mask, queries.shape[0], self.arrived)
         columns = torch.arange(self.seen - self.arrived, self.seen, device=queries.device)
