@@ -17,8 +17,13 @@ TOKEN_ID_FIELDS = {
     Modality.VIDEO: ("video_token_id", "video_token_index"),
     Modality.AUDIO: ("audio_token_id", "audio_token_index"),
 }
-
-
+OBSTACLES = {
+    "kv_lora_rank": "has multi-head latent attention: its cache holds what keys and values are computed from, which is "
+    "compressed already",
+    "cross_attention_layers": "looks at images by cross-attention: their keys and values are not among those of the "
+    "prompt's tokens",
+}
+"""Fields of a text configuration that say so, with the reason."""
 OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "wo")
 
 
@@ -35,6 +40,15 @@ class GenericAdapter(ModelAdapter, use="generic"):
     def matches(cls, config: Any) -> bool:
         """Return True: this is the adapter of last resort."""
         return True
+
+    @property
+    def obstacle(self) -> str | None:
+        """Return what the configuration says of attention that keeps no keys and values of its own tokens."""
+        text = self.config.get_text_config(decoder=True)
+        for field, reason in OBSTACLES.items():
+            if getattr(text, field, None):
+                return reason
+        return None
 
     @property
     def token_ids(self) -> dict[Modality, int]:

@@ -37,6 +37,13 @@ class ModelAdapter(ABC):
     def matches(cls, config: Any) -> bool:
         """Return whether this adapter serves models with this configuration."""
 
+    @property
+    def obstacle(self) -> str | None:
+        """Return why the cache of models with this configuration cannot be compressed, as the end of a sentence that
+        begins with the model's name; None where nothing is known to stand against it.
+        """
+        return None
+
     def modality(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Return the `Modality` of each new token, `(batch, tokens)` int8; None where all are text.
 

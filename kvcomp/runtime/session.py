@@ -283,6 +283,8 @@ def _decoder(model: nn.Module) -> Any:
         raise UnsupportedModelError(
             f"{type(model).__name__} is an encoder-decoder model; kvcomp compresses the cache of decoder-only models"
         )
+    if obstacle := adapter_for(model_config).obstacle:
+        raise UnsupportedModelError(f"{type(model).__name__} {obstacle}; use it without kvcomp")
     return model.get_decoder()  # type: ignore[operator]
 
 

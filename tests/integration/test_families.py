@@ -1,0 +1,184 @@
+"""Every model family, in the small, through `generate()`."""
+
+from functools import cache
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import kvcomp
+from kvcomp.core.errors import BudgetError, UnsupportedModelError
+from kvcomp.core.registry import registry
+from kvcomp.core.types import Modality
+from kvcomp.runtime.adapter import adapter_for
+from kvcomp.testing.families import FAMILIES
+from kvcomp.testing.families.family import AUDIO, IMAGE, TEXT, VIDEO
+
+RECIPES = [entry.name for entry in registry.entries("recipe")]
+FEW = ("flowmm", "look-m", "ada-kv")
+NEW = 4
+BATCHES_DIFFER_UPSTREAM = {"molmo2"}
+"""With transformers' own cache, a row of a padded batch gets other tokens than it gets alone."""
+
+pytestmark = pytest.mark.filterwarnings("ignore::kvcomp.core.errors.IgnoredSettingWarning")
+families = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=[] if family.available else pytest.mark.skip(reason="this transformers does not have the family"),
+        )
+        for name, family in FAMILIES.items()
+    ],
+)
+
+
+@cache
+def tiny(name):
+    return FAMILIES[name].model()
+
+
+def generate(name, inputs, cache=None):
+    output = tiny(name).generate(
+        **inputs,
+        past_key_values=cache,
+        do_sample=False,
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return output.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(output.logits, dim=1)
+
+
+def compressed(name, inputs, recipe, budget=0.4):
+    """Return tokens, logits and the report, at the budget or the least above it that the recipe can do with."""
+    try:
+        with kvcomp.compress(tiny(name), recipe, budget=budget) as held:
+            tokens, logits = generate(name, inputs, held)
+            return tokens, logits, held.report(), budget
+    except BudgetError as error:
+        assert error.smallest is not None
+        return compressed(name, inputs, recipe, error.smallest)
+
+
+def rows_of(name):
+    return [FAMILIES[name].prompt(seed) for seed in (0, 1)]
+
+
+def check_rows(name, recipe):
+    rows = rows_of(name)
+    batch = FAMILIES[name].left_padded(rows)
+    budget = max(compressed(name, row, recipe)[3] for row in rows)
+    tokens, logits, report, used = compressed(name, batch, recipe, budget)
+    for place, row in enumerate(rows):
+        alone, alone_logits, _, _ = compressed(name, row, recipe, used)
+        if name not in BATCHES_DIFFER_UPSTREAM or place == 0:
+            assert tokens[place].tolist() == alone[0].tolist(), recipe
+            torch.testing.assert_close(logits[place], alone_logits[0], atol=5e-4, rtol=1e-3)
+    return report
+
+
+def test_there_are_families_enough():
+    assert len(FAMILIES) >= 24
+    assert sum(bool(family.media) for family in FAMILIES.values()) >= 18
+
+
+@families
+def test_a_full_budget_is_stock_to_the_bit(name):
+    inputs = FAMILIES[name].prompt(0)
+    tokens, logits = generate(name, inputs)
+    ours, our_logits, _, _ = compressed(name, inputs, "flowmm", 1.0)
+    assert tokens.tolist() == ours.tolist()
+    assert torch.equal(logits, our_logits)
+
+
+@families
+def test_media_are_told_from_text(name):
+    model, family = tiny(name), FAMILIES[name]
+    inputs = family.prompt(0)
+    found = adapter_for(model.config).modality(inputs)
+    if not family.media:
+        assert found is None
+        return
+    ids = inputs["input_ids"]
+    for kind, token in ((Modality.IMAGE, IMAGE), (Modality.VIDEO, VIDEO), (Modality.AUDIO, AUDIO)):
+        assert torch.equal(found == int(kind), ids == token)
+    assert {medium.token for medium in family.media} == set(ids[found != int(Modality.TEXT)].tolist())
+
+
+@families
+@pytest.mark.parametrize("recipe", FEW)
+def test_a_row_of_a_batch_is_what_it_is_alone(name, recipe):
+    report = check_rows(name, recipe)
+    kept = [slots for layer in report.layers for slots in layer.slots]
+    assert kept
+    assert max(kept) < rows_of(name)[0]["input_ids"].shape[1]
+    if recipe == "flowmm":
+        flows = [rho for layer in report.layers for rho in layer.rho]
+        assert all((rho is not None) == bool(FAMILIES[name].media) for rho in flows)
+        assert not FAMILIES[name].media or all(0 < rho < 1 for rho in flows)
+
+
+@families
+def test_images_and_compression_reach_the_answer(name):
+    family, inputs = FAMILIES[name], FAMILIES[name].prompt(0)
+    _, logits = generate(name, inputs)
+    _, smaller, _, _ = compressed(name, inputs, "recency", 0.2)
+    assert not torch.allclose(logits[:, 1:], smaller[:, 1:], atol=1e-3)
+    if family.media:
+        numbers = {key: value + 1 for key, value in inputs.items() if value.is_floating_point()}
+        _, other = generate(name, {**inputs, **numbers})
+        assert not torch.allclose(logits, other, atol=1e-4)
+
+
+@families
+def test_a_second_turn_follows_the_first(name):
+    family = FAMILIES[name]
+    inputs = family.prompt(2, media=False)
+    with kvcomp.compress(tiny(name), "snapkv", budget=1.0) as held:
+        tokens, _ = generate(name, inputs, held)
+        longer = family.longer(inputs, torch.cat([tokens, torch.tensor([[7, 8, 9]])], dim=1))
+        turn, logits = generate(name, longer, held)
+    alone, alone_logits = generate(name, longer)
+    assert turn.tolist() == alone.tolist()
+    torch.testing.assert_close(logits, alone_logits, atol=5e-4, rtol=1e-3)
+
+
+@families
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_runs_on_every_family(name, recipe):
+    check_rows(name, recipe)
+
+
+LATENT = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 3,
+}
+REFUSED = {
+    "deepseek_v2": (LATENT, "multi-head latent attention"),
+    "deepseek_v3": (LATENT, "multi-head latent attention"),
+    "mllama_text_model": ({"cross_attention_layers": [1]}, "cross-attention"),
+    "falcon": ({}, "AttentionInterface"),
+    "mamba": ({"state_size": 8}, "no full-attention layer"),
+}
+
+
+@pytest.mark.parametrize(("kind", "settings", "reason"), [(kind, *given) for kind, given in REFUSED.items()])
+def test_what_cannot_work_is_refused_with_the_reason(kind, settings, reason):
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    config = AutoConfig.for_model(kind, **TEXT, **settings, **(rope if "mllama" in kind else {}))
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(2, 80, (1, 20))
+    with (
+        pytest.raises(UnsupportedModelError, match=reason) as raised,
+        kvcomp.compress(model, "snapkv", budget=0.5) as held,
+    ):
+        model.generate(input_ids=ids, past_key_values=held, max_new_tokens=1)
+    assert reason == "no full-attention layer" or type(model).__name__[:5] in str(raised.value)
