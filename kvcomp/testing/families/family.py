@@ -94,13 +94,14 @@ class Family:
         settings = {name: value for name, value in self.configuration.items() if name != "model_type"}
         config = AutoConfig.for_model(self.configuration["model_type"], **settings)
         builder: Any = AutoModelForImageTextToText if self.media else AutoModelForCausalLM
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
             model: PreTrainedModel = builder.from_config(config).eval()
-        with torch.no_grad():
             for weight in model.parameters():
-                if weight.ndim > 1:
+                if weight.ndim > 1 and weight.any():
                     weight.mul_(SPREAD)
+                elif weight.ndim > 1:  # a projection that starts at zero would hide the images
+                    weight.normal_(std=0.1)
         return model
 
     def prompt(self, seed: int, media: bool = True) -> Inputs:
