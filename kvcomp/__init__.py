@@ -56,6 +56,7 @@ from kvcomp.runtime.cache import CompressedCache
 from kvcomp.runtime.report import LayerReport, Report
 from kvcomp.runtime.session import Session, attach, compress, load_cache
 from kvcomp.runtime.snapshots import Snapshot
+from kvcomp.runtime.trace import Trace, Watcher
 from kvcomp.version import __version__
 
 __all__ = [
@@ -100,10 +101,12 @@ __all__ = [
     "Snapshot",
     "Store",
     "Strategy",
+    "Trace",
     "UnknownNameError",
     "UnsupportedModelError",
     "UnsupportedUseError",
     "UnusedCacheWarning",
+    "Watcher",
     "__version__",
     "attach",
     "compress",

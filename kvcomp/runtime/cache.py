@@ -23,6 +23,7 @@ from kvcomp.runtime.report import Report, report_layer, storage_bytes
 from kvcomp.runtime.rotary import RotaryColumns
 from kvcomp.runtime.second_pass import fed_tokens, second_pass
 from kvcomp.runtime.snapshots import Snapshot
+from kvcomp.runtime.trace import Watcher
 from kvcomp.runtime.turns import next_turn_arguments
 
 
@@ -42,6 +43,7 @@ class CompressedCache(Cache):
         serves: strategies whose caches go on from a snapshot of this one, which looks for them and compresses nothing.
         compiled: take the room when the prompt has been compressed, so that slots lie at fixed addresses and a compiled
             decode step serves all tokens.
+        watcher: is told of every compression.
 
     Raises:
         UnsupportedModelError: no layer can be compressed, or not all layers can hold slots at fixed addresses.
@@ -59,6 +61,7 @@ class CompressedCache(Cache):
         reserve: int | None = None,
         serves: Sequence[Strategy] = (),
         compiled: bool = False,
+        watcher: Watcher | None = None,
     ) -> None:
         if reserve is not None and (type(reserve) is not int or reserve < 1):
             raise InputError(f"reserve must be a whole number of slots, at least 1, got {reserve!r}")
@@ -81,6 +84,7 @@ class CompressedCache(Cache):
         self.recompresses = strategy.recompresses
         self.remembers = any(member.recompresses for member in members)
         self.compiled = compiled
+        self.watcher = watcher
         self.rotary_start = RotaryColumns()
         storages = strategy.store.open_all(len(full), reserve)
         if compiled:

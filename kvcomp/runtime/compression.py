@@ -21,6 +21,7 @@ from kvcomp.runtime.forward import Forward
 from kvcomp.runtime.rotary import RotaryColumns
 from kvcomp.runtime.slots import SlotTable, gather_heads, padded
 from kvcomp.runtime.state import LayerState
+from kvcomp.runtime.trace import Watcher
 
 
 class Request(Protocol):
@@ -35,6 +36,7 @@ class Request(Protocol):
     remembers: bool  # keeps the latest queries for compressions while tokens are decoded, its own or of those it serves
     serves: tuple[Strategy, ...]
     observations: tuple[Observation, ...]  # of its strategy and of those it serves
+    watcher: Watcher | None
     rotary_start: RotaryColumns  # without a column, the same for all layers
 
     def check_in_use(self) -> None:
@@ -196,6 +198,8 @@ class LayerCompression(LayerState):
         if slots is None:
             slots = strategy.allocate(self.share(), [view], [scores])[0]
         plan = strategy.plan(view, slots, scores)
+        if self.request.watcher is not None:
+            self.request.watcher.compressed(view, plan)
         layer = strategy.apply(view, plan)
         assert plan.pivots is not None
         assert plan.assignment is not None

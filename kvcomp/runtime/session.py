@@ -28,6 +28,7 @@ from kvcomp.runtime.adapter import adapter_for
 from kvcomp.runtime.cache import CompressedCache, new_token_count
 from kvcomp.runtime.files import fill_cache, saved_strategy
 from kvcomp.runtime.rotary import attention_modules
+from kvcomp.runtime.trace import Watcher
 
 
 class Attachment:
@@ -100,13 +101,14 @@ class Session:
         defer: bool = False,
         reserve: int | None = None,
         compiled: bool = False,
+        watcher: Watcher | None = None,
         **overrides: Any,
     ) -> CompressedCache:
         """Return an empty cache for one request. See `kvcomp.compress` for the arguments."""
         built = _build(strategy, budget, overrides)
         if compiled:
             _check_compilable(_attachments[self.model].base)
-        cache = _empty_cache(self.model, built, defer=defer, reserve=reserve, compiled=compiled)
+        cache = _empty_cache(self.model, built, defer=defer, reserve=reserve, compiled=compiled, watcher=watcher)
         self.caches.add(cache)
         return cache
 
@@ -178,6 +180,7 @@ def compress(
     defer: bool = False,
     reserve: int | None = None,
     compiled: bool = False,
+    watcher: Watcher | None = None,
     **overrides: Any,
 ) -> Iterator[CompressedCache]:
     """Give a cache that compresses itself, for `model.generate(..., past_key_values=cache)` inside the block.
@@ -190,6 +193,7 @@ def compress(
         reserve: slots of room to take for decoding, where the number of new tokens is known.
         compiled: hold slots at fixed addresses once the prompt is compressed, so that one compiled graph decodes all of
             the `reserve` tokens: `generate()` then compiles the decode step by itself where there is a GPU.
+        watcher: is told of every compression, as a `kvcomp.Trace` that remembers what became of every token.
         overrides: `**{"policy.threshold": 0.3}` changes a field, `merger="mean"` replaces a part.
 
     Raises:
@@ -204,7 +208,7 @@ def compress(
     built = _build(strategy, budget, overrides)
     session = attach(model)
     try:
-        cache = session.cache(built, defer=defer, reserve=reserve, compiled=compiled)
+        cache = session.cache(built, defer=defer, reserve=reserve, compiled=compiled, watcher=watcher)
         yield cache
     finally:
         session.detach()
@@ -239,6 +243,7 @@ def _empty_cache(
     defer: bool = False,
     reserve: int | None = None,
     compiled: bool = False,
+    watcher: Watcher | None = None,
     serves: Sequence[Strategy] = (),
 ) -> CompressedCache:
     model_config: Any = model.config
@@ -251,7 +256,15 @@ def _empty_cache(
 
     adapter = adapter_for(model_config)
     return CompressedCache(
-        strategy, model_config, adapter, decoder, defer=defer, reserve=reserve, compiled=compiled, serves=serves
+        strategy,
+        model_config,
+        adapter,
+        decoder,
+        defer=defer,
+        reserve=reserve,
+        compiled=compiled,
+        watcher=watcher,
+        serves=serves,
     )
 
 
