@@ -12,6 +12,7 @@ from kvcomp.cli.bench import bench
 from kvcomp.cli.catalogue import check, list_entries, show
 from kvcomp.cli.demo import demo
 from kvcomp.cli.evaluate import evaluate
+from kvcomp.cli.inspect import inspect
 from kvcomp.cli.run import run
 from kvcomp.cli.tasks import app as tasks
 from kvcomp.core.errors import KVCompError, KVCompWarning
@@ -69,6 +70,7 @@ app.command()(show)
 app.command()(check)
 app.command()(run)
 app.command("eval")(evaluate)
+app.command()(inspect)
 app.command()(demo)
 app.command()(bench)
 app.add_typer(tasks, name="tasks")
