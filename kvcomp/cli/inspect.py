@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,7 +106,7 @@ def read_request(
     kept = None if budget is None else tried(faults, "--budget", lambda: Budget.parse(budget))
     overrides = tried(faults, "--set", lambda: parse_overrides(changes)) or {}
     made = [
-        tried(faults, "--strategy", lambda name=name: build_strategy(strategy_source(name), kept, **overrides))
+        tried(faults, "--strategy", partial(build_strategy, strategy_source(name), kept, **overrides))
         for name in strategies
     ]
     if faults:
