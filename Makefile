@@ -8,7 +8,7 @@ ARGS ?=# passed on by demo, test, bench and train
 TORCH_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format lint types docs docs-serve snippets package bench train clean
+.PHONY: help setup demo test test-slow envelope check format lint types docs docs-serve snippets package bench train clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,10 @@ test: setup ## Run the tests (CPU, offline, minutes)
 
 test-slow: setup ## Run the tests that take longer
 	$(TORCH_ENV) $(BIN)/python -m pytest -q -n $(JOBS) -m 'slow and not gpu and not network' $(ARGS)
+
+envelope: setup ## Try every feature with every recipe on every family, and write what was found for the documentation
+	$(TORCH_ENV) $(BIN)/python -m kvcomp verify --model all --json $(ARGS) > $(VENV)/envelope.json; status=$$?; \
+		test $$status -le 1 && mv $(VENV)/envelope.json docs/envelope.json; exit $$status
 
 check: lint types test docs package ## Everything that CI checks
 

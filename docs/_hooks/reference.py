@@ -14,6 +14,7 @@ from typing import Any
 
 import kvcomp
 from docstrings import attributes, constraint_of, default_of, first_line, one_line, prose, type_of
+from envelope import envelope_page
 from kvcomp.core import errors, hookspecs
 from kvcomp.core.interfaces import PART_KINDS, Part
 from kvcomp.core.registry import Entry, registry
@@ -45,6 +46,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "errors": errors_page(),
         "api": api_page(),
         "cli": command_line_page(),
+        "envelope": envelope_page(HERE),
     }
     pages |= {f"parts/{kind}": kind_page(kind) for kind in PART_KINDS}
     pages |= {f"recipes/{entry.name}": recipe_page(entry) for entry in registry.entries("recipe")}

@@ -15,6 +15,7 @@ from kvcomp.cli.evaluate import evaluate
 from kvcomp.cli.inspect import inspect
 from kvcomp.cli.run import run
 from kvcomp.cli.tasks import app as tasks
+from kvcomp.cli.verify import verify
 from kvcomp.core.errors import KVCompError, KVCompWarning
 from kvcomp.version import __version__
 
@@ -69,6 +70,7 @@ app.command("list")(list_entries)
 app.command()(show)
 app.command()(check)
 app.command()(run)
+app.command()(verify)
 app.command("eval")(evaluate)
 app.command()(inspect)
 app.command()(demo)

@@ -20,17 +20,18 @@ import kvcomp
 from kvcomp import Assignment, LayerView, Pivots, Scores
 from kvcomp.core.interfaces import Part
 from kvcomp.core.registry import Entry
-from kvcomp.testing import ConformanceError, check
+from kvcomp.testing import MODEL_PROMISES, PROMISES, ConformanceError, check
+from kvcomp.testing.promises.parts import PART_PROMISES
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_passes(recipe: str) -> None:
-    assert check(recipe, seeds=[0]) is None
+    assert check(recipe, seeds=[0], without=MODEL_PROMISES) is None
 
 
 @pytest.mark.parametrize("entry", [pytest.param(entry, id=f"{entry.kind}-{entry.name}") for entry in part_entries()])
 def test_every_part_passes(entry: Entry) -> None:
-    assert check(entry.value, seeds=[1]) is None
+    assert check(entry.value, seeds=[1], without=MODEL_PROMISES) is None
 
 
 class Unsorted(TopK, use="unsorted"):
@@ -226,10 +227,10 @@ BROKEN = {
     Mutating: ("unchanged-inputs", "keys of the view must not be changed"),
     Dividing: ("finite", "scores of valid tokens must be finite"),
     Relative: ("row-alone", "alone and in the batch"),
-    Moody: ("same-bits", "of a second run"),
+    Moody: ("same-bits", "of a second run|planned in one call"),
     MixedHeads: ("permuted-heads", "heads in another order"),
     Trespassing: ("locked-pivots", "into a protected pivot"),
-    Lawless: ("modality-rules", "INTRA"),
+    Lawless: ("modality-rules", "INTRA|HETERO"),
     Heavy: ("edges", "1 in sum"),
     Unlimited: ("legal-plan", r"rho must be in \[0, 1\]"),
     Forgetful: ("store", "were put in"),
@@ -242,7 +243,7 @@ BROKEN = {
 def test_a_broken_part_is_named_with_its_promise(part: type) -> None:
     promise, seen = BROKEN[part]
     with pytest.raises(ConformanceError, match=seen) as caught:
-        check(part)
+        check(part, seeds=[0])
     assert caught.value.promise in promise.split("|")
     assert part.__name__ in str(caught.value)
     assert "see it again with seeds=[" in str(caught.value)
@@ -283,11 +284,11 @@ class ShorterByWord(Shrinking, use="shorter-by-word"):
 
 @pytest.mark.parametrize("part", [Freely, ShorterByWord])
 def test_what_a_part_does_not_say_of_itself_is_not_asked_of_it(part: type[Part]) -> None:
-    assert check(part, seeds=[0]) is None
+    assert check(part, seeds=[0], without=MODEL_PROMISES) is None
 
 
 def test_a_promise_can_be_left_out() -> None:
-    assert check(KeysOnly, seeds=[0], without=["same-edges"]) is None
+    assert check(KeysOnly, seeds=[0], without=["same-edges", *MODEL_PROMISES]) is None
 
 
 def test_an_unknown_promise_is_refused_with_a_near_miss() -> None:
@@ -296,12 +297,12 @@ def test_an_unknown_promise_is_refused_with_a_near_miss() -> None:
 
 
 def test_an_instance_with_settings_can_be_checked() -> None:
-    assert check(Position(sinks=2), seeds=[0]) is None
+    assert check(Position(sinks=2), seeds=[0], without=MODEL_PROMISES) is None
 
 
 def test_a_mapping_can_be_checked() -> None:
     recipe = {"name": "mine", "budget": 0.3, "scorer": {"use": "position", "sinks": 1}, "selector": "top-k"}
-    assert check(recipe, seeds=[0]) is None
+    assert check(recipe, seeds=[0], without=MODEL_PROMISES) is None
 
 
 def test_a_class_that_needs_arguments_says_which() -> None:
@@ -312,9 +313,32 @@ def test_a_class_that_needs_arguments_says_which() -> None:
 
     with pytest.raises(kvcomp.InputError, match=r"gives depth; pass an instance"):
         check(Needy)
-    assert check(Needy(depth=1), seeds=[0]) is None
+    assert check(Needy(depth=1), seeds=[0], without=MODEL_PROMISES) is None
 
 
 def test_an_interface_is_no_part() -> None:
     with pytest.raises(kvcomp.InputError, match="implements its abstract method"):
         check(kvcomp.Scorer)
+
+
+def test_the_example_of_a_broken_promise_is_small_and_makes_its_sample_again() -> None:
+    with pytest.raises(ConformanceError) as caught:
+        check(Greedy)
+    call = str(caught.value).partition(" or make_sample")[2].partition(") breaks")[0]
+    assert call == "(0, (2,), kv_heads=1, group=1"
+
+
+def test_the_promises_of_generate_are_asked_of_a_part() -> None:
+    class Leaking(Position, use="leaking"):
+        """Scores by how often it was called: another answer every time."""
+
+        def score(self, layer: LayerView, slots: Tensor) -> Tensor:
+            CALLS.append(layer.layer)
+            return super().score(layer, slots) * (-1) ** (len(CALLS) // 6)
+
+    with pytest.raises(ConformanceError, match="tiny Llama") as caught:
+        check(Leaking, seeds=[0], without=[*PROMISES, *PART_PROMISES])
+    assert caught.value.promise in MODEL_PROMISES
+
+
+CALLS: list[int] = []

@@ -20,7 +20,7 @@ PACKAGES = {
 ALLOWED = {
     "kvcomp.core": {"kvcomp.core"},
     "kvcomp.runtime": {"kvcomp.core", "kvcomp.runtime", "kvcomp.version"},
-    "kvcomp.testing": {"kvcomp.core", "kvcomp.runtime", "kvcomp.testing"},
+    "kvcomp.testing": {"kvcomp.core", "kvcomp.runtime", "kvcomp.testing", "kvcomp.version"},
     "kvcomp.lab": {"kvcomp", "kvcomp.core", "kvcomp.runtime", "kvcomp.lab", "kvcomp.version"},
     "kvcomp.minimile": {"kvcomp", "kvcomp.core", "kvcomp.runtime", "kvcomp.lab", "kvcomp.testing", "kvcomp.minimile"},
     "kvcomp.cli": {"*"},

@@ -1,0 +1,79 @@
+"""Attention kernels and number formats."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from kvcomp.testing.envelope.bench import Bench, left_padded, require_same_answer
+from kvcomp.testing.envelope.engine import NotClaimedError
+from kvcomp.testing.envelope.feature import feature
+from kvcomp.testing.failures import require_all, require_same
+
+
+def _with_kernel(bench: Bench, name: str) -> Bench:
+    """Return the bench with a model that runs this kernel.
+
+    Raises:
+        NotClaimedError: the family does not have it.
+    """
+    model = bench.family.model()
+    try:
+        model.set_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        raise NotClaimedError(f"transformers has no {name} for this family: {_first_line(error)}") from None
+    return replace(bench, model=model)
+
+
+def _same_as_sdpa(bench: Bench, name: str) -> None:
+    other = _with_kernel(bench, name)
+    for inputs, what in ((bench.prompt(), "a prompt"), (left_padded(bench.rows()), "a padded batch")):
+        require_same_answer(other.answer(inputs), bench.answer(inputs), f"{what} with {name}, and with the default")
+
+
+@feature("eager")
+def eager(bench: Bench) -> None:
+    """Eager attention gives what the default kernel gives."""
+    _same_as_sdpa(bench, "eager")
+
+
+@feature("flex-attention")
+def flex_attention(bench: Bench) -> None:
+    """Flex attention gives what the default kernel gives."""
+    _same_as_sdpa(bench, "flex_attention")
+
+
+@feature("flash-attention-2")
+def flash_attention_2(bench: Bench) -> None:
+    """Flash attention 2 gives the tokens that the default kernel gives, in bfloat16 on a GPU."""
+    if not torch.cuda.is_available():
+        raise NotClaimedError("needs a GPU, and there is none here")
+    model = _with_kernel(replace(bench, model=bench.model), "flash_attention_2").model.to("cuda", torch.bfloat16)
+    plain = bench.family.model().to("cuda", torch.bfloat16)
+    prompt = {name: value.to("cuda") for name, value in bench.prompt().items()}
+    ids = [replace(bench, model=one).answer(prompt).ids for one in (model, plain)]
+    require_same(ids[0], ids[1], "tokens with flash_attention_2, and with the default")
+
+
+def _in_dtype(bench: Bench, dtype: torch.dtype) -> None:
+    half = Bench.of(bench.engine, bench.family, bench.family.model().to(dtype))
+    require_all(half.answer(left_padded(half.rows())).logits.isfinite(), "logits of a padded batch must be finite")
+    prompt = half.prompt()
+    require_same(half.answer(prompt, 1.0).logits, half.stock(prompt).logits, "logits of a prompt at budget 1.0")
+
+
+@feature("bfloat16")
+def bfloat16(bench: Bench) -> None:
+    """In bfloat16 the logits are finite, and at budget 1.0 those of the stock cache, bit for bit."""
+    _in_dtype(bench, torch.bfloat16)
+
+
+@feature("float16")
+def float16(bench: Bench) -> None:
+    """In float16 the logits are finite, and at budget 1.0 those of the stock cache, bit for bit."""
+    _in_dtype(bench, torch.float16)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
