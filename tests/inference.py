@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -48,12 +48,22 @@ def generate_compressed(
 
 def left_padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return rows `(1, tokens)` of different lengths as one batch, padded on the left with token 0."""
+    return _padded(rows, lambda width, tokens: slice(width - tokens, width))
+
+
+def right_padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return rows `(1, tokens)` of different lengths as one batch, padded on the right with token 0."""
+    return _padded(rows, lambda width, tokens: slice(0, tokens))
+
+
+def _padded(rows: list[torch.Tensor], place_of: Callable[[int, int], slice]) -> dict[str, torch.Tensor]:
     width = max(row.shape[1] for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for place, row in enumerate(rows):
-        ids[place, width - row.shape[1] :] = row[0]
-        mask[place, width - row.shape[1] :] = 1
+        columns = place_of(width, row.shape[1])
+        ids[place, columns] = row[0]
+        mask[place, columns] = 1
     return {"input_ids": ids, "attention_mask": mask}
 
 

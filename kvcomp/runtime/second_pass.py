@@ -139,7 +139,7 @@ class Context:
     Attributes:
         inputs: of the tokens since the last compression, `(batch, tokens)` or `(batch, tokens, hidden)`.
         table: of the same tokens.
-        next_positions: `(axes, batch)`, of the token that follows all of them.
+        next_positions: `(axes, batch)`, of the token that would follow the last valid one of each row.
         order: `(batch, tokens)`, the valid tokens first.
         lengths: `(batch,)`, how many are valid.
     """
@@ -159,15 +159,13 @@ class Context:
         layer = _first(cache_layers)
         table = layer.whole_table().map(lambda entry: entry[:, :1, -inputs.shape[1] :])
         valid = table.valid[:, 0].expand(inputs.shape[0], -1)
-        upcoming = layer.upcoming_positions()
-        if upcoming is None:
-            upcoming = torch.full((1, 1), layer.seen, device=inputs.device)
+        largest = table.positions[:, :, 0].masked_fill(~valid, -1).amax(dim=(0, 2))  # whatever pads come after it
         return cls(
             decoder,
             cache_layers,
             inputs,
             table,
-            next_positions=upcoming.long().expand(table.positions.shape[0], inputs.shape[0]),
+            next_positions=(largest.long() + 1).expand(table.positions.shape[0], inputs.shape[0]),
             order=(~valid).to(torch.uint8).argsort(dim=-1, stable=True),
             lengths=valid.sum(dim=-1),
         )

@@ -8,7 +8,7 @@ import oracles
 import oracles_recon
 import pytest
 import torch
-from inference import generate, left_padded
+from inference import generate, left_padded, right_padded
 from models import image_inputs, text_inputs, tiny_llama, tiny_qwen3, tiny_qwen_vl
 
 import kvcomp
@@ -128,11 +128,12 @@ def test_halving_reconstructs_from_what_is_left(family):
         assert layer.indices[0].tolist() == heads
 
 
+@pytest.mark.parametrize("pad", [left_padded, right_padded])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_padded_row_keeps_what_it_keeps_alone(way):
+def test_a_padded_row_keeps_what_it_keeps_alone(way, pad):
     model = tiny_llama()
     rows = [text_inputs(tokens, seed=tokens)["input_ids"] for tokens in (40, 23, 6)]
-    together = prefill(model, left_padded(rows), recipe(**WAYS[way]))
+    together = prefill(model, pad(rows), recipe(**WAYS[way]))
     for place, row in enumerate(rows):
         alone = prefill(model, {"input_ids": row}, recipe(**WAYS[way]))
         for layer, reference in zip(together.layers, alone.layers, strict=True):
