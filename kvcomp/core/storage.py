@@ -28,13 +28,25 @@ class SlotStorage(ABC):
             keys: of the slots.
             values: of the slots.
             mask: `(batch, kv_heads, slots)` bool, false at the end of heads that keep fewer; None where all are full.
-            guide: what a compression knows of the slots; None where nothing was compressed, as when slots are cropped:
-                then they are held as precisely as those that were there.
+            guide: what a compression knows of the slots; None where nothing was compressed: then they are held as
+                precisely as those that were there.
         """
 
     @abstractmethod
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add slots at the end, `(batch, kv_heads, tokens, head_dim)`, the same number for every head."""
+
+    def removable(self) -> int | None:
+        """Return how many slots at the end can go without a change of those that stay; None where `replace` holds what
+        it is given exactly, so that any can.
+
+        Stores that do not hold slots as they came override it, with `shorten`.
+        """
+        return None
+
+    def shorten(self, slots: int) -> None:
+        """Let go of the last slots of every head, at most as many as are `removable`; the others stay bit for bit."""
+        raise AssertionError("a storage that says what is removable can let go of it")
 
     @abstractmethod
     def read(self) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kvcomp.core.config import strategy
-from kvcomp.core.errors import IgnoredSettingWarning, InputError, UnknownNameError, suggest
+from kvcomp.core.errors import InputError, UnknownNameError, suggest
+from kvcomp.core.ignored import warn_of_ignored
 from kvcomp.core.interfaces import Observation, Scorer
 from kvcomp.core.registry import registry
 from kvcomp.core.strategy import Strategy
@@ -107,7 +107,7 @@ def find_method(source: str | Path | Mapping[str, Any], budget: Any = None, **ov
         BudgetError, ConfigError, UnknownNameError: there is no such method, or it cannot be built.
 
     Warns:
-        IgnoredSettingWarning: it keeps everything, and a budget was given.
+        IgnoredSettingWarning: something was given that changes nothing, as for `kvcomp.compress`.
     """
     build: Callable[[Strategy], Method] = Method
     if isinstance(source, str) and not source.endswith((".yaml", ".yml")):
@@ -117,10 +117,5 @@ def find_method(source: str | Path | Mapping[str, Any], budget: Any = None, **ov
         if source not in recipes:
             build, source = CONTROLS[source]
     built = strategy(source, budget, **overrides)
-    if built.ignores_budget and built.budget.ratio != 1:
-        warnings.warn(
-            f"{built.name!r} has no selector, so it keeps everything and ignores the budget {built.budget}",
-            IgnoredSettingWarning,
-            stacklevel=2,
-        )
+    warn_of_ignored(built, stacklevel=2)
     return build(built)

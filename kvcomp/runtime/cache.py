@@ -177,6 +177,16 @@ class CompressedCache(Cache):
             raise UnsupportedUseError(NO_DRAFTS)
         super().activate_past_recording()  # type: ignore[no-untyped-call]
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last columns of all layers, or of none: `-n` removes n of them.
+
+        Raises:
+            UnsupportedUseError: a layer cannot remove them and leave everything else as it is.
+        """
+        for layer in self.compressed_layers.values():
+            layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
     def snapshot(self) -> Snapshot:
         """Return the cache as it is now, sharing its memory. It stays valid whatever the cache does next."""
         self._catch_up()

@@ -128,23 +128,18 @@ class CompressedCacheLayer(LayerCompression, DynamicLayer):  # type: ignore[no-u
         """Remove the last columns: `-n` or 0 removes n of them; older transformers give the length that stays.
 
         Raises:
-            UnsupportedUseError: the columns were compressed by the forward that just ended, as in assisted decoding,
-                whose drafts would have been part of the budget; or compression is deferred.
+            UnsupportedUseError: see `check_crop`.
         """
-        self.loosen()
-        target = self.seen + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
-        if target >= self.seen or not self.is_initialized:
+        self.check_crop(tokens_to_remove)
+        target = self._target(tokens_to_remove)
+        if target is None:
             return
-        if self.pending:
-            raise UnsupportedUseError("the cache has deferred its compression; call cache.finish() before cropping it")
-        if self.trimmed and torch.equal(self.tokens + self.tail, self.prompt):
-            raise UnsupportedUseError(
-                f"tokens were removed right after they were compressed, as in assisted decoding. {NO_DRAFTS}"
-            )
-        table = self.whole_table()
+        goes = self.whole_table().columns >= target
         removed, upcoming = self.seen - target, self.upcoming_positions()
-        before = table.columns < target
-        self.keep_slots(before & table.valid if self.trimmed else before)
+        if self.storage.removable() is None:
+            self.keep_slots(~goes & self.whole_table().valid if self.trimmed else ~goes)
+        else:
+            self.drop_last(int(goes.sum(dim=-1).max()))
         kept = self.table
         assert kept is not None
         self.tokens = self.tokens + self.tail - removed
@@ -154,6 +149,42 @@ class CompressedCacheLayer(LayerCompression, DynamicLayer):  # type: ignore[no-u
             self.next_positions = upcoming - removed if removed <= self.tail else kept.positions_at(target)
         self.rotary = None if self.rotary is None else self.rotary.first(target)
         self.tail, self.seen = 0, target
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise where `crop` could not remove these columns and leave everything else as it is.
+
+        Raises:
+            UnsupportedUseError: the columns were compressed by the forward that just ended, as in assisted decoding,
+                whose drafts would have been part of the budget; or compression is deferred; or the store has coded
+                some of them together with slots that stay.
+        """
+        self.loosen()
+        target = self._target(tokens_to_remove)
+        if target is None:
+            return
+        if self.pending:
+            raise UnsupportedUseError("the cache has deferred its compression; call cache.finish() before cropping it")
+        if self.trimmed and torch.equal(self.tokens + self.tail, self.prompt):
+            raise UnsupportedUseError(
+                f"tokens were removed right after they were compressed, as in assisted decoding. {NO_DRAFTS}"
+            )
+        most = self.storage.removable()
+        if most is None:
+            return
+        goes = self.whole_table().columns >= target
+        slots = int(goes.sum(dim=-1).max())
+        if slots > most or not bool(goes[..., goes.shape[2] - slots :].all()):
+            raise UnsupportedUseError(
+                f"store {self.request.strategy.store.use!r} holds only the last {most} tokens of this cache as they "
+                f"came, and the last {self.seen - target} were to be removed: slots that stay would be coded anew, "
+                "each with another error. Take snapshot = cache.snapshot() before the tokens come, and give them back "
+                "with cache.restore(snapshot)"
+            )
+
+    def _target(self, tokens_to_remove: int) -> int | None:
+        """Return how many columns are to stay, None where all do."""
+        target = self.seen + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
+        return target if target < self.seen and self.is_initialized else None
 
     def offload(self) -> None:
         """Move keys and values to the CPU."""

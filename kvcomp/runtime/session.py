@@ -15,13 +15,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from kvcomp.core import config
-from kvcomp.core.errors import (
-    IgnoredSettingWarning,
-    InputError,
-    UnsupportedModelError,
-    UnsupportedUseError,
-    UnusedCacheWarning,
-)
+from kvcomp.core.errors import InputError, UnsupportedModelError, UnsupportedUseError, UnusedCacheWarning
+from kvcomp.core.ignored import warn_of_ignored
 from kvcomp.core.strategy import Strategy
 from kvcomp.runtime import attention, flex
 from kvcomp.runtime.adapter import adapter_for
@@ -203,7 +198,8 @@ def compress(
 
     Warns:
         UnusedCacheWarning: the block ended and the cache was never passed to the model.
-        IgnoredSettingWarning: the recipe keeps everything, and a budget was given.
+        IgnoredSettingWarning: something was given that changes nothing: a budget where everything is kept, a part that
+            has nothing to do because another one is missing.
     """
     built = _build(strategy, budget, overrides)
     session = attach(model)
@@ -272,18 +268,7 @@ def _build(source: Strategy | str | Path | Mapping[str, Any], budget: Any, overr
     if isinstance(source, Strategy) and budget is None and not overrides:
         return source
     built = config.strategy(source, budget, **overrides)
-    if built.ignores_budget and built.budget.ratio != 1:
-        warnings.warn(
-            f"recipe {built.name!r} has no selector, so it keeps everything and ignores the budget {built.budget}",
-            IgnoredSettingWarning,
-            stacklevel=4,
-        )
-    if built.selector is None and built.trigger.decoding:
-        warnings.warn(
-            f"recipe {built.name!r} has no selector, so it compresses nothing and ignores the trigger {built.trigger}",
-            IgnoredSettingWarning,
-            stacklevel=4,
-        )
+    warn_of_ignored(built, stacklevel=4)
     return built
 
 

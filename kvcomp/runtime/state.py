@@ -208,6 +208,14 @@ class LayerState:
         self.table = table if full else table.masked(filled)
         self.carried = {seen: gather_heads(padded(sums, stays.shape[2]), kept) for seen, sums in self.carried.items()}
 
+    def drop_last(self, slots: int) -> None:
+        """Let go of the last slots of every head, as many as the storage says are removable."""
+        table = self.whole_table()
+        left = table.slots - slots
+        self.storage.shorten(slots)
+        self.table = table.map(lambda entry: entry[..., :left])
+        self.carried = {seen: padded(sums, table.slots)[..., :left] for seen, sums in self.carried.items()}
+
     def keep_rows(self, rows: Tensor) -> None:
         """Hold these rows of the batch, `(rows,)` int64, in this order."""
         here = rows.to(self.device)

@@ -12,7 +12,19 @@ from torch import Tensor
 
 from kvcomp.core.storage import SlotStorage
 from kvcomp.core.types import Guide, SlotForm
-from kvcomp_strategies.pieces import Piece, Plain, extended, flat, grown, held, mapped, owned, read_all, tensors
+from kvcomp_strategies.pieces import (
+    Piece,
+    Plain,
+    extended,
+    flat,
+    grown,
+    held,
+    mapped,
+    owned,
+    read_all,
+    shortened,
+    tensors,
+)
 
 ANEW = "what it holds would be coded anew each time, and each time with another error"
 
@@ -129,6 +141,31 @@ class CodedStorage(SlotStorage):
             self._slots = Slots((run,), batch, kv_heads)
         added = [self._added(run, keys.flatten(0, 1), values.flatten(0, 1)) for run in self._slots.runs]
         self._slots = replace(self._slots, runs=tuple(added), appended=self._slots.appended + new)
+
+    def removable(self) -> int:
+        """Return how many slots at the end are held as they came: slots of every head that were appended and are not
+        yet coded, and those before them where all heads are alike.
+        """
+        held = self._slots
+        plain = min((min(run.plain) for run in held.runs), default=0)
+        alike = all(run.replaced == held.replaced for run in held.runs)
+        return plain if alike else min(plain, held.appended)
+
+    def shorten(self, slots: int) -> None:
+        """Let go of slots that are held as they came; what was coded because of them stays coded."""
+        held, replaced = self._slots, max(slots - self._slots.appended, 0)
+        runs = tuple(
+            replace(
+                run,
+                keys=shortened(run.keys, slots),
+                values=shortened(run.values, slots),
+                replaced=run.replaced - replaced,
+            )
+            for run in held.runs
+        )
+        self._slots = replace(
+            held, runs=runs, replaced=held.replaced - replaced, appended=held.appended - (slots - replaced)
+        )
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Return what the codes stand for, and what is held as it is."""

@@ -211,6 +211,14 @@ def extended(pieces: tuple[Piece, ...], numbers: Tensor) -> tuple[Piece, ...]:
     return (*pieces, Plain(owned(numbers)))
 
 
+def shortened(pieces: tuple[Piece, ...], count: int) -> tuple[Piece, ...]:
+    """Return the pieces without the last `count` tokens, all of the plain one at their end, which may be left empty."""
+    *before, last = pieces
+    assert isinstance(last, Plain)
+    assert last.tokens >= count
+    return (*before, Plain(owned(last.numbers[:, : last.tokens - count])))
+
+
 def read_all(pieces: tuple[Piece, ...]) -> Tensor:
     """Return all tokens, `(heads, tokens, dim)`."""
     parts = [piece.read() for piece in pieces]

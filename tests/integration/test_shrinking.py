@@ -120,17 +120,46 @@ def test_saved_restored_reordered_and_moved_caches_hold_the_same_codes(recipe, t
         assert cache.report().allocated_bytes == report.allocated_bytes
 
 
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("recipe", SHRINKING)
-def test_a_cropped_cache_goes_on_and_stays_small(recipe):
-    model, inputs = tiny_llama(), text_inputs(120)
-    with kvcomp.compress(model, recipe, budget=0.8) as cache, torch.no_grad():
-        generate(model, inputs, cache, 50)
-        cache.crop(-60)
-        assert cache.get_seq_length() == 109
-        assert cache.layers[2].keys.shape[2] == 109
-        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
-    report = cache.report()
-    assert report.allocated_bytes <= 0.9 * report.full_bytes
+def test_a_crop_leaves_the_codes_of_what_stays_alone(recipe, rows):
+    model = tiny_llama()
+    inputs = left_padded([text_inputs(tokens, seed=tokens)["input_ids"] for tokens in (90, 60)[:rows]])
+    with kvcomp.compress(model, recipe, budget=0.9) as cache, torch.no_grad():
+        generate(model, inputs, cache, 8)
+        indices = [layer.indices for layer in cache.layers]
+        before = [numbers[:, :, :-3] for layer in cache.layers for numbers in layer.storage.read()]
+        report = cache.report()
+        cache.crop(-3)
+        after = [numbers for layer in cache.layers for numbers in layer.storage.read()]
+        assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+        assert cache.get_seq_length() == 94
+        assert cache.report().allocated_bytes < report.allocated_bytes
+        for token in (5, 9, 33):
+            model(input_ids=torch.full((rows, 1), token), past_key_values=cache)
+        assert all(torch.equal(layer.indices, held) for layer, held in zip(cache.layers, indices, strict=True))
+
+
+@pytest.mark.parametrize("recipe", SHRINKING)
+def test_a_crop_into_codes_is_refused_and_changes_nothing(recipe):
+    model = tiny_llama()
+    with kvcomp.compress(model, recipe, budget=0.8) as cache:
+        generate(model, text_inputs(120), cache, 50)
+        report = cache.report()
+        with pytest.raises(kvcomp.UnsupportedUseError, match="were to be removed: slots that stay would be coded anew"):
+            cache.crop(-160)
+    assert cache.report() == report
+    assert cache.get_seq_length() == 169
+
+
+def test_a_cache_that_was_not_coded_yet_can_be_cropped_anywhere():
+    model, inputs = tiny_llama(), text_inputs(60)
+    with kvcomp.compress(model, "kivi", budget=1.0) as cache:
+        generate(model, inputs, cache, 5)
+        cache.crop(-30)
+        again = generate(model, {"input_ids": inputs["input_ids"][:, :40]}, cache, 5)
+    whole = generate_stock(model, {"input_ids": inputs["input_ids"][:, :40]}, 5)
+    torch.testing.assert_close(torch.stack(again.logits), torch.stack(whole.logits), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2.5-vl"])
