@@ -44,8 +44,8 @@ class MixedStore(Store, use="mixed"):
     to be held precisely, else 2; then as many slots precisely as there is room for. Less is refused, unless the recipe
     evicts (`evict: true`). With `bits`, `important` of the slots are precise.
 
-    Deviations: a later compression balances by its own queries; where no queries were seen, as after a crop, nothing
-    is balanced. Which decoded tokens are important is not looked at. The paper's INT3 does not divide a byte.
+    Deviations: a later compression balances by its own queries; where no queries were seen, nothing is
+    balanced. Which decoded tokens are important is not looked at. The paper's INT3 does not divide a byte.
 
     Attributes:
         bits: of what is not important: 1, 2, 4 or 8; by default the budget decides.
