@@ -132,14 +132,19 @@ def reconstruction(
     return scores
 
 
-def halved(model: PreTrainedModel, inputs: dict[str, Tensor], slots: int) -> list[list[list[int]]]:
-    """What is kept of a cache that is halved, per head, until the budget is reached, reconstructed from what is left
-    each time: `[layer][kv_head]` places.
+def halved(
+    model: PreTrainedModel, inputs: dict[str, Tensor], slots: int, shared: bool = False
+) -> list[list[list[int]]]:
+    """What is kept of a cache that is halved until the budget is reached, reconstructed from what is left each time:
+    `[layer][kv_head]` places. Each time a head keeps its best, or, with a `shared` budget, what `shared_budget` with a
+    floor of a tenth gives it.
     """
     tokens, hidden, share = inputs["input_ids"].shape[1], None, inputs["input_ids"].shape[1]
     while True:
         scores, share = reconstruction(model, inputs, hidden=hidden), max(slots, share // 2)
         left = [[kept(head, share) for head in heads] for heads in scores]
+        if shared:
+            left = shared_budget(scores, share, floor=share // 10)
         if share == slots:
             return left
         hidden = {

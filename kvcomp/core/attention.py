@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from kvcomp.core.interfaces import Observation
+from kvcomp.core.rotary import Rotary
 from kvcomp.core.types import AttentionBlock
 
 BLOCK_ELEMENTS = 2**20  # probabilities alive at a time on a CPU: 4 MiB of float32, so that a block stays in its caches
@@ -33,6 +34,7 @@ class AttentionInputs:
         scaling: factor of the logits.
         softcap: cap of the logits, or None.
         sinks: `(heads,)` extra logits that take probability and have no key, or None.
+        rotary: of the queries, `(batch, 1, queries, pairs)`; None where no observation reads it.
     """
 
     queries: Tensor
@@ -47,32 +49,35 @@ class AttentionInputs:
     scaling: float
     softcap: float | None = None
     sinks: Tensor | None = None
+    rotary: Rotary | None = None
 
 
 def observe(inputs: AttentionInputs, observations: Iterable[Observation]) -> dict[Observation, Tensor]:
-    """Return the result of each observation. Those that need all rows share one pass.
+    """Return the result of each observation. Those that need all rows share one pass, without probabilities where none
+    of them reads any.
 
     Memory beyond the inputs is one block of rows and the states; a float32 copy of the keys.
     """
     observations = tuple(dict.fromkeys(observations))
     if not observations:
         return {}
-    passes: dict[Observation | None, tuple[Tensor | None, list[Observation]]] = {}
+    passes: dict[Observation | bool, tuple[Tensor | None, list[Observation]]] = {}
     for observation in observations:
         rows = observation.rows(inputs.query_valid, inputs.query_modality)
-        passes.setdefault(None if rows is None else observation, (rows, []))[1].append(observation)
+        shared: Observation | bool = observation.queries_only if rows is None else observation
+        passes.setdefault(shared, (rows, []))[1].append(observation)
     results: dict[Observation, Tensor] = {}
     keys = inputs.keys.float().transpose(-1, -2).contiguous()  # (batch, kv_heads, head_dim, tokens): a faster product
     for rows, members in passes.values():
         states: dict[Observation, Any] = dict.fromkeys(members)
-        for block in _blocks(inputs, keys, rows):
+        for block in _blocks(inputs, keys, rows, all(observation.queries_only for observation in members)):
             for observation in members:
                 states[observation] = observation.update(states[observation], block)
         results |= {observation: observation.result(states[observation]) for observation in members}
     return results
 
 
-def _blocks(inputs: AttentionInputs, keys: Tensor, rows: Tensor | None) -> Iterator[AttentionBlock]:
+def _blocks(inputs: AttentionInputs, keys: Tensor, rows: Tensor | None, queries_only: bool) -> Iterator[AttentionBlock]:
     batch, heads, new, _ = inputs.queries.shape
     tokens = keys.shape[3]
     wanted = torch.arange(new, device=keys.device).expand(batch, new) if rows is None else rows
@@ -87,7 +92,11 @@ def _blocks(inputs: AttentionInputs, keys: Tensor, rows: Tensor | None) -> Itera
             seen = tokens - new + min(start + size, new)
         index = queried[:, None, :, None].expand(-1, heads, -1, inputs.queries.shape[3])
         queries = inputs.queries.gather(2, index)
-        probs = _probabilities(inputs, keys[..., :seen], queries, queried).masked_fill_(~valid[:, None, :, None], 0.0)
+        if queries_only:
+            probs, seen = queries.new_empty(*queries.shape[:3], 0, dtype=torch.float32), tokens
+        else:
+            probs = _probabilities(inputs, keys[..., :seen], queries, queried)
+            probs = probs.masked_fill_(~valid[:, None, :, None], 0.0)
         yield AttentionBlock(
             probs=F.pad(probs, (0, tokens - seen)) if seen < tokens else probs,
             rows=chunk,
@@ -96,6 +105,8 @@ def _blocks(inputs: AttentionInputs, keys: Tensor, rows: Tensor | None) -> Itera
             modality=inputs.modality,
             valid=inputs.valid,
             queries=queries,
+            rotary=None if inputs.rotary is None else inputs.rotary.rows(queried),
+            scaling=inputs.scaling,
         )
 
 

@@ -40,7 +40,7 @@ class Part(BaseModel, ABC):
     use: ClassVar[str] = ""
     requires: ClassVar[frozenset[str]] = frozenset()
     provides: ClassVar[frozenset[str]] = frozenset()
-    rotary: ClassVar[bool] = False  # reads `layer.rotary`
+    rotary: ClassVar[bool] = False  # reads `layer.rotary`; an observation, `block.rotary`
     prefill_only: ClassVar[str] = ""  # why the part cannot compress again while tokens are decoded; empty where it can
 
     def __init_subclass__(cls, use: str | None = None, **kwargs: Any) -> None:
@@ -91,6 +91,7 @@ class Observation(Part):
 
     kind = "observation"
     carried: ClassVar[bool] = False  # per token, kept for surviving slots and joined with the next turn's
+    queries_only: ClassVar[bool] = False  # reads no probabilities, which are then not computed for it: `(..., rows, 0)`
 
     def repeat(self) -> Repeat | None:
         """Return how the context is fed once more for this statistic; None where it is of the forward itself."""

@@ -47,6 +47,11 @@ class Rotary:
         """Return the rotations of the pivots."""
         return replace(self, cos=pivots.gather(self.cos), sin=pivots.gather(self.sin))
 
+    def rows(self, places: Tensor) -> Rotary:
+        """Return the rotations of some tokens of each row, `(batch, rows)` int64, the same of every head."""
+        index = places[:, None, :, None].expand(-1, self.cos.shape[1], -1, self.cos.shape[3])
+        return replace(self, cos=self.cos.gather(2, index), sin=self.sin.gather(2, index))
+
     def _pairs(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the first and the second coordinate of each pair, and the coordinates that are not rotated."""
         pairs = self.cos.shape[-1]

@@ -88,8 +88,9 @@ class Strategy:
 
     @property
     def reads_rotary(self) -> bool:
-        """Return whether a part, or a part inside one, reads `layer.rotary`."""
-        return any(member.rotary for part in working(self.parts) for member in part.family())
+        """Return whether a part, a part inside one, or a statistic that one declares reads rotary embeddings."""
+        members = (member for part in working(self.parts) for member in part.family())
+        return any(member.rotary for member in (*members, *self.observations))
 
     @property
     def recompresses(self) -> bool:
@@ -286,7 +287,7 @@ class Strategy:
     def _check_rotary(self, layer: LayerView) -> None:
         if self.reads_rotary and layer.rotary is None:
             raise UnsupportedUseError(
-                f"strategy {self.name!r} turns keys back to before their rotary embedding, so the view must have "
+                f"strategy {self.name!r} reads rotary embeddings, so the view must have "
                 "`rotary`, a kvcomp.Rotary with the cos and sin of every token; got None"
             )
 

@@ -76,6 +76,8 @@ class AttentionBlock:
         modality: of the keys, `(batch, kv_heads, tokens)` int8.
         valid: of the keys, `(batch, kv_heads, tokens)` bool.
         queries: of the rows, `(batch, heads, rows, head_dim)`, after rotary embedding; what pads hold means nothing.
+        rotary: how these queries were rotated, for all heads alike; None unless the observation says `rotary`.
+        scaling: the model's factor of the logits.
     """
 
     probs: Tensor
@@ -85,6 +87,8 @@ class AttentionBlock:
     modality: Tensor
     valid: Tensor
     queries: Tensor
+    rotary: Rotary | None = None
+    scaling: float = 1.0
 
 
 @dataclass(frozen=True)

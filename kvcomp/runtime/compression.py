@@ -284,7 +284,8 @@ class LayerCompression(LayerState):
     def _look_back(self, observations: Sequence[Observation]) -> dict[Observation, Tensor]:
         """Return the observations over the queries since the last compression."""
         keys, mass = self.storage.read()[0], self.request.strategy.mass_preserving
-        return self.log.observe(self.forwards, keys, self.whole_table(), observations, mass)
+        rotary = self._all_columns() if any(observation.rotary for observation in observations) else None
+        return self.log.observe(self.forwards, keys, self.whole_table(), observations, mass, rotary)
 
     def _with_carried(self, seen: Mapping[Observation, Tensor]) -> dict[Observation, Tensor]:
         """Return the statistics joined with what is carried of earlier ones."""
@@ -308,7 +309,11 @@ class LayerCompression(LayerState):
         return self.request.reads_rotary and not self._stays()
 
     def _rotary(self, table: SlotTable) -> Rotary:
-        """Return how the keys of all slots were rotated.
+        """Return how the keys of all slots were rotated."""
+        return self._all_columns().at(table.columns)
+
+    def _all_columns(self) -> RotaryColumns:
+        """Return the rotations of all columns.
 
         Raises:
             UnsupportedModelError: the attention module was not given the embeddings of every column.
@@ -316,11 +321,12 @@ class LayerCompression(LayerState):
         known = 0 if self.rotary is None else self.rotary.columns
         if self.rotary is None or known != self.seen:
             raise UnsupportedModelError(
-                f"strategy {self.request.strategy.name!r} turns keys back to before their rotary embedding, so every "
-                f"attention module must be given position_embeddings; layer {self.number} was given those of {known} "
-                f"of {self.seen} tokens. Use a merger that does not turn keys back, such as pivot-mean"
+                f"strategy {self.request.strategy.name!r} turns keys or queries back to before their rotary embedding, "
+                f"so every attention module must be given position_embeddings; layer {self.number} was given those of "
+                f"{known} of {self.seen} tokens. Use a merger that does not turn keys back, such as pivot-mean, and a "
+                "scorer that does not turn queries back, such as window-attention"
             )
-        return self.rotary.at(table.columns)
+        return self.rotary
 
     def _carry(self, view: LayerView, pivots: Pivots) -> None:
         """Keep the sums of the surviving slots, `(batch, heads, slots)`."""

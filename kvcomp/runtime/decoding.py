@@ -13,6 +13,7 @@ from torch import Tensor
 from kvcomp.core.interfaces import Observation
 from kvcomp.runtime.forward import Forward, Logits, observe_forwards
 from kvcomp.runtime.masks import visible_before, with_mass
+from kvcomp.runtime.rotary import RotaryColumns
 from kvcomp.runtime.slots import SlotTable
 
 LATEST = ("vectors", "columns", "modality")
@@ -94,6 +95,7 @@ class QueryLog:
         table: SlotTable,
         observations: Sequence[Observation],
         mass: bool,
+        rotary: RotaryColumns | None = None,
     ) -> dict[Observation, Tensor]:
         """Return the observations over what was decoded since the last compression and the forwards after that; those
         of the latest queries also over earlier ones.
@@ -104,15 +106,16 @@ class QueryLog:
             table: of all slots.
             observations: what is wanted.
             mass: whether the model sees slots weighed by their mass.
+            rotary: of all columns, where an observation reads it.
         """
         since = [*self._decoded(table, mass), *forwards]
         earlier = self._earlier(table, mass)
         if not earlier:
-            return observe_forwards(since, keys, table, observations)
+            return observe_forwards(since, keys, table, observations, rotary)
         windows = [observation for observation in observations if observation.latest is not None]
         others = [observation for observation in observations if observation.latest is None]
-        seen = observe_forwards([*earlier, *since], keys, table, windows)
-        return seen | observe_forwards(since, keys, table, others)
+        seen = observe_forwards([*earlier, *since], keys, table, windows, rotary)
+        return seen | observe_forwards(since, keys, table, others, rotary)
 
     def keep(self, forwards: Sequence[Forward], count: int) -> QueryLog:
         """Return the log after a compression: the latest `count` queries of all."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvcomp.core.attention import AttentionInputs, observe
 from kvcomp.core.interfaces import Observation
 from kvcomp.runtime.masks import additive
+from kvcomp.runtime.rotary import RotaryColumns
 from kvcomp.runtime.slots import SlotTable
 
 
@@ -51,18 +52,31 @@ class Forward:
 
 
 def observe_forwards(
-    forwards: Sequence[Forward], keys: Tensor, table: SlotTable, observations: Iterable[Observation]
+    forwards: Sequence[Forward],
+    keys: Tensor,
+    table: SlotTable,
+    observations: Iterable[Observation],
+    rotary: RotaryColumns | None = None,
 ) -> dict[Observation, Tensor]:
-    """Return the observations over one or several forwards (chunks that were deferred) as if they had been one."""
+    """Return the observations over one or several forwards (chunks that were deferred) as if they had been one.
+
+    Args:
+        forwards: what is looked at.
+        keys: of all slots, `(batch, kv_heads, slots, head_dim)`.
+        table: of all slots.
+        observations: what is wanted.
+        rotary: of all columns, where an observation reads it.
+    """
     if not forwards:
         return {}
     queries = torch.cat([forward.queries for forward in forwards], dim=2) if len(forwards) > 1 else forwards[0].queries
     batch, _, tokens, _ = queries.shape
     filled = torch.ones(batch, tokens, dtype=torch.bool, device=queries.device)
+    columns = torch.cat([forward.columns.expand(batch, -1) for forward in forwards], dim=1)
     inputs = AttentionInputs(
         queries=queries,
         keys=keys,
-        query_columns=torch.cat([forward.columns.expand(batch, -1) for forward in forwards], dim=1),
+        query_columns=columns,
         key_columns=_narrow(table.columns).long(),
         query_modality=_joined([forward.modality for forward in forwards], forwards, filled.to(torch.int8) * 0),
         query_valid=_joined([forward.valid for forward in forwards], forwards, filled),
@@ -72,6 +86,7 @@ def observe_forwards(
         scaling=forwards[0].logits.scaling,
         softcap=forwards[0].logits.softcap,
         sinks=forwards[0].logits.sinks,
+        rotary=None if rotary is None else rotary.at(columns[:, None]),
     )
     return observe(inputs, observations)
 

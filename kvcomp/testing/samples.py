@@ -56,6 +56,7 @@ class Sample:
         visible = (causal & self.valid[:, :, None]).repeat_interleave(
             self.queries.shape[1] // self.keys.shape[1], dim=1
         )
+        rotary = self.rotary()
         return AttentionInputs(
             queries=self.queries,
             keys=self.keys,
@@ -67,6 +68,7 @@ class Sample:
             valid=self.valid,
             mask=visible,
             scaling=self.keys.shape[-1] ** -0.5,
+            rotary=Rotary(rotary.cos[:, :1, -queries:], rotary.sin[:, :1, -queries:]),
         )
 
     def view(self) -> LayerView:

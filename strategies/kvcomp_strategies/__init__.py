@@ -32,6 +32,7 @@ from kvcomp_strategies.mergers.weighted import Weighted
 from kvcomp_strategies.observations.cross_modal_flow import CrossModalFlow
 from kvcomp_strategies.observations.post_vision import PostVisionSums
 from kvcomp_strategies.observations.query_peaks import QueryPeaks
+from kvcomp_strategies.observations.query_statistics import QueryStatistics
 from kvcomp_strategies.observations.received_attention import ReceivedSums
 from kvcomp_strategies.observations.reconstruction import LargestReceived
 from kvcomp_strategies.observations.row_entropy import RowEntropy
@@ -42,6 +43,7 @@ from kvcomp_strategies.policies.misaligned import Misaligned
 from kvcomp_strategies.policies.uniform import UniformPolicy
 from kvcomp_strategies.scorers.critical import Critical
 from kvcomp_strategies.scorers.early_layer import EarlyLayer
+from kvcomp_strategies.scorers.expected_attention import ExpectedAttention
 from kvcomp_strategies.scorers.key_diversity import KeyDiversity
 from kvcomp_strategies.scorers.key_norm import KeyNorm
 from kvcomp_strategies.scorers.last_query import LastQuery
@@ -76,6 +78,7 @@ PARTS: tuple[type[Part], ...] = (
     Global,
     ProtectedFirst,
     Critical,
+    ExpectedAttention,
     Position,
     ProxyAttention,
     Random,
@@ -113,6 +116,7 @@ PARTS: tuple[type[Part], ...] = (
     LayerPairedStore,
     CrossModalFlow,
     QueryPeaks,
+    QueryStatistics,
     ReceivedSums,
     RowEntropy,
     PostVisionSums,

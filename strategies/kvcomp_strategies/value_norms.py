@@ -51,6 +51,14 @@ def projected_norms(layer: LayerView, norm: Norm, part: str) -> Tensor:
     return torch.stack(per_head, dim=1)
 
 
+def mean_over_layer(norms: Tensor, valid: Tensor) -> Tensor:
+    """Return the mean of the norms `(batch, kv_heads, tokens)` over the valid tokens of all heads of each row,
+    `(batch, 1, 1)`; just above 0 where all are 0.
+    """
+    total = norms.masked_fill(~valid, 0.0).sum(dim=(1, 2), keepdim=True)
+    return (total / valid.sum(dim=(1, 2), keepdim=True).clamp(min=1)).clamp(min=torch.finfo(norms.dtype).tiny)
+
+
 def _weights(layer: LayerView, part: str) -> Tensor:
     """Return W_O of each query head, `(kv_heads, group, hidden, head_dim)` float32."""
     if layer.output is None or layer.output.shape[2] != layer.values.shape[3]:

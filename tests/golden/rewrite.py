@@ -26,6 +26,7 @@ RECIPES = (
 )
 MERGING = ("look-m", "look-m-mean", "look-m-weighted", "look-m-evict", "d2o", "meda", "kvmerge", "cam")
 RECONSTRUCTING = ("kvzip", "critical", "kvcomp-global", "kvcomp-global-merge")  # from the rows of the prompt itself
+EXPECTING = "expected-attention"
 EVICTING = ("tova", "recency", "key-norm", "keydiff", "pyramidkv", "ada-kv", "vl-cache", "prefixkv")
 LAYER, HIDDEN = 1, 10
 
@@ -66,7 +67,9 @@ def expected() -> dict[str, dict[str, list]]:
     import oracles
 
     table: dict[str, dict[str, list]] = {recipe: {budget: [] for budget in BUDGETS} for recipe in RECIPES}
-    table |= {recipe: {budget: [] for budget in BUDGETS} for recipe in (*MERGING, *RECONSTRUCTING, *EVICTING)}
+    table |= {
+        recipe: {budget: [] for budget in BUDGETS} for recipe in (*MERGING, *RECONSTRUCTING, EXPECTING, *EVICTING)
+    }
     for row in range(len(LENGTHS)):
         queries, keys, values, modality = prompt(row)
         attention = [oracles.softmax_attention(queries[h], keys[h // GROUP]) for h in range(len(queries))]
@@ -86,6 +89,7 @@ def expected() -> dict[str, dict[str, list]]:
                 table[recipe][budget].append(merging_row(recipe, groups, keys, values, modality, slots))
             for recipe in RECONSTRUCTING:
                 table[recipe][budget].append(reconstructing_row(recipe, groups, keys, values, slots))
+            table[EXPECTING][budget].append(expecting_row(queries, keys, values, slots))
             for recipe in EVICTING:
                 table[recipe][budget].append(evicting_row(recipe, groups, keys, modality, slots))
     return table
@@ -123,10 +127,9 @@ def reconstructing_row(recipe, groups, keys, values, slots):  # type: ignore[no-
     import oracles_recon
 
     tokens = keys.shape[1]
-    norm = "l1" if recipe == "critical" else "l2"
-    weights = [list(output()[h * GROUP : (h + 1) * GROUP]) for h in range(KV_HEADS)]
-    norms = [[oracles_recon.output_norm(value, weights[h], norm) for value in values[h]] for h in range(KV_HEADS)]
     if recipe == "critical":
+        weights = [list(output()[h * GROUP : (h + 1) * GROUP]) for h in range(KV_HEADS)]
+        norms = [[oracles_recon.output_norm(value, weights[h], "l1") for value in values[h]] for h in range(KV_HEADS)]
         window = min(32, slots // 2)
         votes = [oracles.snapkv_scores(group, slots) + [0.0] * window for group in groups]
         kept = [oracles_recon.critical_kept(votes[h], norms[h], slots, window) for h in range(KV_HEADS)]
@@ -134,14 +137,35 @@ def reconstructing_row(recipe, groups, keys, values, slots):  # type: ignore[no-
     largest = [[max(float(head[:, token].max()) for head in group) for token in range(tokens)] for group in groups]
     if recipe == "kvzip":
         return [{"kept": places} for places in oracles_recon.shared_budget([largest], slots, floor=0, sinks=4)[0]]
-    scores = [oracles_recon.weighed(largest[h], norms[h], 0.5) for h in range(KV_HEADS)]
-    kept = oracles_recon.shared_budget([scores], slots, floor=slots // 10)[0]
+    kept = oracles_recon.shared_budget([largest], slots, floor=slots // 10)[0]
     if recipe == "kvcomp-global":
         return [{"kept": places} for places in kept]
     goes = [sorted(set(range(tokens)) - set(places)) for places in kept]
     edges = [[[one, oracles.nearest(one, kept[h], keys[h])] for one in goes[h]] for h in range(KV_HEADS)]
     edges = [[e for e in edges[h] if oracles.cosine(*keys[h][e]) >= 0.9] for h in range(KV_HEADS)]
     return [{"kept": kept[h], "edges": edges[h]} for h in range(KV_HEADS)]
+
+
+def expecting_row(queries, keys, values, slots):  # type: ignore[no-untyped-def]
+    """What is kept of the heads of one row, rotated by place as `kvcomp.testing` says: all but two coordinates."""
+    import oracles_expected
+    import oracles_recon
+
+    pairs = HEAD_DIM // 2 - 1
+
+    def turned(position: int) -> Tensor:
+        return oracles_expected.rotation([position * 1e4 ** -(pair / pairs) for pair in range(pairs)], HEAD_DIM)
+
+    tokens = keys.shape[1]
+    turn = sum(turned(tokens + ahead) for ahead in range(512)) / 512
+    before = torch.stack([turned(token).T for token in range(tokens)])
+    queries = torch.einsum("tij,htj->hti", before, queries.double())
+    scaling, kept = HEAD_DIM**-0.5, []
+    for head in range(KV_HEADS):
+        group = list(queries[head * GROUP : (head + 1) * GROUP])
+        scores = oracles_expected.expected_scores(group, keys[head], values[head], turn, scaling)
+        kept.append({"kept": oracles_recon.kept(scores, slots, sinks=4)})
+    return kept
 
 
 def evicting_row(recipe, groups, keys, modality, slots):  # type: ignore[no-untyped-def]

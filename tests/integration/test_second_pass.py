@@ -83,16 +83,29 @@ def test_sinks_are_kept_in_the_budget():
 def test_kvcomp_global_keeps_the_best_of_all_layers_and_heads(family, budget):
     build, inputs = MODELS[family]
     cache = prefill(build(), inputs, "kvcomp-global", budget=budget)
-    scores = oracles_recon.with_output_norms(*in_float64(family), oracle(family, "whole"), power=0.5)
     slots = oracles.num_slots(budget, inputs["input_ids"].shape[1])
-    expected = oracles_recon.shared_budget(scores, slots, floor=slots // 10)
+    expected = oracles_recon.halved(*in_float64(family), slots, shared=True)
+    assert_kept(cache, expected)
+    assert cache.report().allocated_bytes == sum(len(kept) for heads in expected for kept in heads) * (
+        2 * cache.layers[0].keys.shape[3] * 4
+    )
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_reconstruction_may_be_weighed_by_what_a_token_adds_to_the_output(family):
+    build, inputs = MODELS[family]
+    scorer = {"use": "value-norm", "scorer": {"use": "reconstruction", "overlap": 0}, "power": 0.5}
+    cache = prefill(build(), inputs, "kvcomp-global", budget=0.4, scorer=scorer)
+    scores = oracles_recon.with_output_norms(*in_float64(family), oracle(family, "whole"), power=0.5)
+    slots = oracles.num_slots("0.4", inputs["input_ids"].shape[1])
+    assert_kept(cache, oracles_recon.shared_budget(scores, slots, floor=slots // 10))
+
+
+def assert_kept(cache: kvcomp.CompressedCache, expected: list[list[list[int]]]) -> None:
     for layer, heads in zip(cache.layers, expected, strict=True):
         for head, kept in enumerate(heads):
             held = layer.indices[0, head]
             assert held[held >= 0].tolist() == kept
-    assert cache.report().allocated_bytes == sum(len(kept) for heads in expected for kept in heads) * (
-        2 * cache.layers[0].keys.shape[3] * 4
-    )
 
 
 @pytest.mark.parametrize("family", MODELS)

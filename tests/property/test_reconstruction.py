@@ -67,6 +67,19 @@ def test_value_norms_weigh_the_attention_of_any_scorer(norm: str, sample: Sample
         assert kept_by(seen, row, head) == oracles_recon.kept(scores, oracles.num_slots(ratio, len(scores)))
 
 
+@given(sample=PROMPTS, power=st.sampled_from((0.25, 1.0)))
+def test_relative_value_norms_are_shares_of_the_mean_of_their_layer(sample: Sample, power: float) -> None:
+    scorer = {"use": "value-norm", "scorer": RECONSTRUCTION, "power": power, "relative": True}
+    seen = run(built(scorer, "0.5"), sample)
+    for row in range(sample.keys.shape[0]):
+        norms = [norms_of(sample, row, head, "l2") for head in range(sample.keys.shape[1])]
+        mean = sum(map(sum, norms)) / sum(map(len, norms))
+        for head, own in enumerate(norms):
+            scores = oracles_recon.weighed(largest(sample, row, head), [norm / mean for norm in own], power)
+            found = seen.scores.values[row, head, sample.valid[row, head]].double()
+            torch.testing.assert_close(found, torch.tensor(scores).double(), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 @given(sample=PROMPTS, ratio=RATIO, first=st.sampled_from((0.0, 0.5, 0.8, 1.0)))
 def test_critical_chooses_by_attention_and_then_by_what_would_be_missed(

@@ -179,7 +179,14 @@ def _rows(block: AttentionBlock, rows: slice) -> AttentionBlock:
         modality=block.modality,
         valid=block.valid,
         queries=block.queries[:, :, rows],
+        rotary=None if block.rotary is None else block.rotary.rows(_places(block, rows)),
+        scaling=block.scaling,
     )
+
+
+def _places(block: AttentionBlock, rows: slice) -> Tensor:
+    places = torch.arange(block.rows.shape[1])[rows]
+    return places.expand(len(block.rows), -1)
 
 
 PART_PROMISES: dict[str, PartPromise] = {

@@ -14,6 +14,8 @@ class QueryPeaks(Observation, use="query-peaks"):
     What MiKV's channel balancer (arXiv:2402.18096) needs of the prompt.
     """
 
+    queries_only = True
+
     def update(self, state: Tensor | None, block: AttentionBlock) -> Tensor:
         """Return the peaks with the block's rows looked at."""
         seen = block.queries.float().abs().masked_fill(~block.row_valid[:, None, :, None], 0.0).amax(dim=2)

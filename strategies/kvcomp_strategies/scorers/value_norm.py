@@ -10,7 +10,7 @@ from torch import Tensor
 from kvcomp.core.interfaces import Scorer
 from kvcomp.core.types import LayerView, Scores
 from kvcomp_strategies.scorers.reconstruction import Reconstruction
-from kvcomp_strategies.value_norms import AttentionScorer, Norm, projected_norms
+from kvcomp_strategies.value_norms import AttentionScorer, Norm, mean_over_layer, projected_norms
 
 
 class ValueNorm(Scorer, use="value-norm"):
@@ -19,22 +19,28 @@ class ValueNorm(Scorer, use="value-norm"):
 
     Eviction of token i changes the output of a head by about a_i W_O v_i, so that a_i times the norm bounds the loss
     (CriticalKV, arXiv:2502.03805, whose two stages are the scorer `critical`). A power below 1 lies between attention
-    alone and that bound: of the measured ones, 0.5 on reconstruction scores lost least where the question comes later.
+    alone and that bound. Which is best depends on the model: see the page of `kvcomp-global` for two that disagree.
     Squared attention times the squared norm gives the order of power 1.
 
     Attributes:
         scorer: measures attention; any scorer that provides `attention`, numbers that are not negative.
         power: of the norm.
         norm: `"l2"`, or `"l1"` as in CriticalKV.
+        relative: divide the norms by their mean over the tokens of all heads of the layer, so that a layer whose
+            values are large does not draw the budget of the others to itself.
     """
 
     scorer: AttentionScorer = Field(default=Reconstruction())
     power: float = Field(default=0.5, gt=0.0, le=2.0)
     norm: Norm = "l2"
+    relative: bool = False
 
     def score(self, layer: LayerView, slots: Tensor) -> Tensor:
         """Return attention times the power of the norm."""
-        return self.scorer.score(layer, slots) * projected_norms(layer, self.norm, self.use).pow(self.power)
+        norms = projected_norms(layer, self.norm, self.use)
+        if self.relative:
+            norms = norms / mean_over_layer(norms, layer.valid)
+        return self.scorer.score(layer, slots) * norms.pow(self.power)
 
     @property
     def protects_by_share(self) -> bool:

@@ -1,0 +1,81 @@
+"""Expected attention on models: its rotations to come are those that the model itself would make."""
+
+from __future__ import annotations
+
+import oracles
+import oracles_expected
+import oracles_recon
+import pytest
+import torch
+from inference import generate
+from models import image_inputs, text_inputs, tiny_llama, tiny_phi3, tiny_qwen_vl
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+import kvcomp
+
+POSITIONS = 40
+MODELS = {
+    "llama": (tiny_llama, text_inputs(37)),
+    "phi-3, partial": (tiny_phi3, text_inputs(37)),
+    "qwen2.5-vl, three axes": (tiny_qwen_vl, image_inputs(images=2, between=4)),
+}
+
+
+def own_rotations(model: PreTrainedModel, first: int, count: int) -> list[Tensor]:
+    """The model's rotation of each of `count` positions of a text, `(head_dim, head_dim)` float64."""
+    decoder = model.get_decoder()
+    head_dim = decoder.layers[0].self_attn.head_dim
+    axes = 3 if "mrope_section" in str(decoder.config.rope_parameters) else None
+    places = torch.arange(first, first + count)[None]
+    places = places if axes is None else places.expand(axes, 1, -1)
+    cos, sin = (values.reshape(-1, count, values.shape[-1])[0] for values in decoder.rotary_emb(torch.ones(1), places))
+    pairs = cos.shape[-1] // 2
+    angles = torch.atan2(sin, cos)[:, :pairs]  # of a text token all axes have the same
+    return [oracles_expected.rotation(row.tolist(), head_dim) for row in angles]
+
+
+def queries_before_rotation(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[list[Tensor], DynamicCache]:
+    """What each layer projects its queries to, `(heads, tokens, head_dim)`, and the stock cache."""
+    found: list[Tensor] = []
+
+    def note(module: nn.Module, args: object, output: Tensor) -> None:
+        found.append(output[0, :, : model.get_decoder().config.num_attention_heads * head_dim])
+
+    layers = model.get_decoder().layers
+    head_dim = layers[0].self_attn.head_dim
+    projections = [getattr(layer.self_attn, "q_proj", None) or layer.self_attn.qkv_proj for layer in layers]
+    handles = [projection.register_forward_hook(note) for projection in projections]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+    for handle in handles:
+        handle.remove()
+    return [found_by.unflatten(-1, (-1, head_dim)).transpose(0, 1) for found_by in found], cache
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_what_is_kept_is_what_the_models_own_rotations_give(family):
+    build, inputs = MODELS[family]
+    model = build()
+    scorer = {"use": "expected-attention", "positions": POSITIONS}
+    with kvcomp.compress(model, "expected-attention", budget=0.4, scorer=scorer) as cache:
+        generate(model, inputs, cache, 1)
+    queries, stock = queries_before_rotation(model, inputs)
+    table = cache.layers[0].upcoming_positions()
+    tokens = stock.layers[0].keys.shape[2]
+    turn = sum(own_rotations(model, tokens if table is None else int(table[0, 0]), POSITIONS)) / POSITIONS
+    slots = oracles.num_slots("0.4", tokens)
+    for layer, mine in enumerate(cache.layers):
+        keys, values = stock.layers[layer].keys[0], stock.layers[layer].values[0]
+        group = queries[layer].shape[0] // keys.shape[0]
+        scaling = model.get_decoder().layers[layer].self_attn.scaling
+        for head in range(keys.shape[0]):
+            members = list(queries[layer][head * group : (head + 1) * group])
+            scores = oracles_expected.expected_scores(members, keys[head], values[head], turn, scaling)
+            assert mine.indices[0, head].tolist() == oracles_recon.kept(scores, slots, sinks=4)
+
+
+def test_compressing_while_tokens_are_decoded_is_refused():
+    with pytest.raises(kvcomp.ConfigError, match="'expected-attention' cannot compress again while tokens are decoded"):
+        kvcomp.strategy("expected-attention", trigger="over-budget")
