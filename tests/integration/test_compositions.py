@@ -17,6 +17,7 @@ import kvcomp
 TOKENS = (40, 26)
 REASONS = {  # names in quotes left out
     "cannot compress again while tokens are decoded: what it holds would be coded anew each time",
+    "cannot compress again while tokens are decoded: it expects queries like those of the prompt",
     "cannot compress again while tokens are decoded: the context would have to be fed again",
     "compresses what turns: append says must stay",
     "keeps every token in the budget's bytes; beside a selector it must be told how precise it is",

@@ -11,6 +11,8 @@ from torch import Tensor
 from kvcomp.core.interfaces import Observation
 from kvcomp.core.types import AttentionBlock
 
+ROUNDING = 1e-9  # of the size of the queries: what large numbers leave when they cancel
+
 
 class Moments(NamedTuple):
     """Of the queries so far: how many of each row were seen and counted, `(batch,)`; their mean `(batch, heads,
@@ -51,9 +53,12 @@ class QueryStatistics(Observation, use="query-statistics"):
         return found if state is None else _joined(state, found)
 
     def result(self, state: Moments) -> Tensor:
-        """Return mean and covariance."""
+        """Return mean and covariance, exactly 0 where they are no more than rounding beside what they are made of."""
         covariance = state.scatter / state.counted.clamp(min=1)[:, None, None, None]
-        return torch.cat([state.mean[:, :, None], covariance], dim=2).float()
+        size = (state.mean.square() + covariance.diagonal(dim1=-2, dim2=-1)).sqrt()
+        mean = state.mean.masked_fill(state.mean.abs() < ROUNDING * size, 0.0)
+        noise = ROUNDING * size[..., None] * size[:, :, None]
+        return torch.cat([mean[:, :, None], covariance.masked_fill(covariance.abs() < noise, 0.0)], dim=2).float()
 
 
 def _moments(queries: Tensor, counts: Tensor, seen: Tensor) -> Moments:
