@@ -73,7 +73,7 @@ def _moments(queries: Tensor, counts: Tensor, seen: Tensor) -> Moments:
 def _joined(before: Moments, now: Moments) -> Moments:
     """Return the moments of two sets of queries; `now` knows how many were seen in all."""
     total = before.counted + now.counted
-    share = (now.counted / total.clamp(min=1))[:, None, None]
+    share = (now.counted.double() / total.clamp(min=1))[:, None, None]
     apart = now.mean - before.mean
     between = (before.counted[:, None, None] * share)[..., None] * apart[..., None] * apart[:, :, None]
     return Moments(now.seen, total, before.mean + share * apart, before.scatter + now.scatter + between)
