@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-stamp
 JOBS ?= 2# test processes, one torch thread each
-ARGS ?=# passed on by demo, test, bench and train
+ARGS ?=# passed on by demo, test, bench, studies and train
 TORCH_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow envelope check format lint types docs docs-serve snippets package bench train clean
+.PHONY: help setup demo test test-slow envelope check format lint types docs docs-serve snippets package bench studies train clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,8 +72,12 @@ package: setup ## Build the wheel, install it beside nothing else, and list what
 bench: setup ## Measure prefill overhead and decode time against a stock cache
 	$(BIN)/python benchmarks/speed.py $(ARGS)
 
+studies: setup ## Run the five studies on MiniMile into studies-output (ARGS=--resume goes on)
+	@set -e; for study in table1 table3 table4 figure3 figure4; do \
+		echo "$$study"; $(TORCH_ENV) $(BIN)/kvcomp ablate $$study --out studies-output/$$study --workers $(JOBS) $(ARGS); done
+
 train: setup ## Train a testbed like minimile-xs (at most 100 minutes on two cores)
 	$(BIN)/python -m kvcomp.minimile.training --out training-output/minimile-xs $(ARGS)
 
 clean: ## Remove everything that these targets made, .venv included
-	rm -rf $(VENV) site build dist demo-output benchmark-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site build dist demo-output studies-output benchmark-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

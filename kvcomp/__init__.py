@@ -21,6 +21,7 @@ from kvcomp.core.errors import (
     UnsupportedModelError,
     UnsupportedUseError,
     UnusedCacheWarning,
+    WorkerError,
 )
 from kvcomp.core.hookspecs import hookimpl
 from kvcomp.core.interfaces import (
@@ -107,6 +108,7 @@ __all__ = [
     "UnsupportedUseError",
     "UnusedCacheWarning",
     "Watcher",
+    "WorkerError",
     "__version__",
     "attach",
     "compress",

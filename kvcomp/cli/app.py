@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from kvcomp.cli.ablate import ablate
 from kvcomp.cli.bench import bench
 from kvcomp.cli.catalogue import check, list_entries, show
 from kvcomp.cli.demo import demo
@@ -73,6 +74,7 @@ app.command()(run)
 app.command()(verify)
 app.command("eval")(evaluate)
 app.command()(inspect)
+app.command()(ablate)
 app.command()(demo)
 app.command()(bench)
 app.add_typer(tasks, name="tasks")

@@ -8,6 +8,7 @@ KVCompError
 ├── BudgetError (ValueError)             a budget that cannot be read or cannot be met; `smallest` says what could
 ├── InputError (ValueError)              an image file, a prompt or a folder that cannot be used
 ├── ResultsError (OSError)               a folder of results that cannot be read or written
+├── WorkerError (RuntimeError)           processes that do the work of a sweep, and die again and again
 ├── UnsupportedModelError (TypeError)    a model that cannot be compressed
 └── UnsupportedUseError (RuntimeError)   a supported model, used in a way that would give wrong results
 KVCompWarning (UserWarning)
@@ -36,6 +37,7 @@ __all__ = [
     "UnsupportedModelError",
     "UnsupportedUseError",
     "UnusedCacheWarning",
+    "WorkerError",
 ]
 
 
@@ -98,6 +100,10 @@ class UnsupportedModelError(KVCompError, TypeError):
 
 class UnsupportedUseError(KVCompError, RuntimeError):
     """A use of a compressed cache that would silently give wrong results."""
+
+
+class WorkerError(KVCompError, RuntimeError):
+    """Workers of a sweep that die again and again, or cannot be had."""
 
 
 class KVCompWarning(UserWarning):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -82,15 +82,7 @@ class Batch:
     @cached_property
     def answered(self) -> dict[str, Tensor]:
         """Return the inputs with the reference answers behind the prompts; what fills them up counts as text."""
-        prompt = self.inputs["input_ids"]
-        answers = self.targets.clamp(min=0)
-        added = {"input_ids": answers, "attention_mask": torch.ones_like(answers)}
-        return {
-            name: torch.cat([value, added.get(name, torch.zeros_like(answers)).to(value.dtype)], dim=1)
-            if value.shape == prompt.shape
-            else value
-            for name, value in self.inputs.items()
-        }
+        return continued(self.inputs, self.targets.clamp(min=0))
 
     @cached_property
     def full_logits(self) -> Tensor:
@@ -125,10 +117,35 @@ class Batch:
         return {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)}
 
 
+def continued(inputs: Mapping[str, Tensor], new: Tensor) -> dict[str, Tensor]:
+    """Return inputs of a model with text tokens `(batch, tokens)` behind the prompts."""
+    prompt = inputs["input_ids"]
+    added = {"input_ids": new, "attention_mask": torch.ones_like(new)}
+    return {
+        name: torch.cat([value, added.get(name, torch.zeros_like(new)).to(value.dtype)], dim=1)
+        if value.shape == prompt.shape
+        else value
+        for name, value in inputs.items()
+    }
+
+
 def make_batches(
-    bed: LoadedTestbed, source: str, samples: Sequence[Sample], size: int, mode: QueryMode, *, first: int = 0
+    bed: LoadedTestbed,
+    source: str,
+    samples: Sequence[Sample],
+    size: int,
+    mode: QueryMode,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Yield the samples in batches of similar length, at most `size` in each; `first` is the number of the first.
+    """Yield the samples in batches of similar length, at most `size` in each.
+
+    Args:
+        bed: who is asked.
+        source: where the samples come from, for messages.
+        samples: what is asked.
+        size: of a batch.
+        mode: when the cache is compressed.
+        numbers: of the samples in their source, by default from 0.
 
     With `question_later` the samples of a batch have questions of one length, so that their contexts end in the same
     column.
@@ -136,15 +153,16 @@ def make_batches(
     Raises:
         InputError: naming a sample that has no question of its own, with `question_later`.
     """
+    known = range(len(samples)) if numbers is None else numbers
     lengths = [len(bed.codec.outline(sample).ids) for sample in samples]
-    asked = [_count_question(bed, source, number, sample, mode) for number, sample in enumerate(samples, first)]
-    order = sorted(range(len(samples)), key=lambda number: (asked[number], lengths[number]))
+    asked = [_count_question(bed, source, *pair, mode) for pair in zip(known, samples, strict=True)]
+    order = sorted(range(len(samples)), key=lambda place: (asked[place], lengths[place]))
     for question_tokens, group in groupby(order, key=asked.__getitem__):
-        numbers = tuple(group)
-        for start in range(0, len(numbers), size):
-            chosen = numbers[start : start + size]
-            rows = tuple(samples[number] for number in chosen)
-            yield Batch(bed, source, tuple(first + n for n in chosen), rows, bed.encode(rows), question_tokens)
+        places = tuple(group)
+        for start in range(0, len(places), size):
+            chosen = places[start : start + size]
+            rows = tuple(samples[place] for place in chosen)
+            yield Batch(bed, source, tuple(known[place] for place in chosen), rows, bed.encode(rows), question_tokens)
 
 
 def _count_question(bed: LoadedTestbed, source: str, number: int, sample: Sample, mode: QueryMode) -> int:

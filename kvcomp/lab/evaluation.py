@@ -156,7 +156,7 @@ class Evaluation:
         for start in range(0, len(numbers), POOL * self.batch):  # images of all samples at once may not fit
             drawn = numbers[start : start + POOL * self.batch]
             pool = [self.method.ask(task.sample(self.split, number)) for number in drawn]
-            for batch in make_batches(self.bed, source, pool, self.batch, self.mode, first=start):
+            for batch in make_batches(self.bed, source, pool, self.batch, self.mode, drawn):
                 yield from judge(task, batch, self._answer(task, batch), self.mode)
 
     def count(self, task: Task) -> int:

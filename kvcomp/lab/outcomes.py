@@ -23,7 +23,9 @@ class Outcome:
         score: of the task's own metric.
         slot_accuracy: see `metrics.slot_accuracy`.
         prompt_tokens: length of the prompt.
+        new_tokens: length of the answer.
         kv_bytes: keys and values that the cache held for this sample, see `answers.Held`.
+        full_bytes: what they would take in full.
         slots: per KV head, mean over layers.
         rho: per layer, the share of attention that crosses modalities; None where not measured.
         answer_nll: of the reference answer, in nats per token; None where not asked for.
@@ -37,7 +39,9 @@ class Outcome:
     score: float
     slot_accuracy: float
     prompt_tokens: int
+    new_tokens: int
     kv_bytes: float
+    full_bytes: float
     slots: float
     rho: tuple[float | None, ...]
     answer_nll: float | None = None
@@ -62,7 +66,9 @@ def judge(task: Task, batch: Batch, answers: Answers, mode: QueryMode) -> Iterat
             score=task.score(prediction, sample),
             slot_accuracy=slot_accuracy(prediction, sample),
             prompt_tokens=prompts[row],
+            new_tokens=answers.lengths[row],
             kv_bytes=num_bytes[row],
+            full_bytes=sum(layer.full_bytes * layer.tokens[row] / sum(layer.tokens) for layer in report.layers),
             slots=sum(layer.slots[row] for layer in report.layers) / len(report.layers),
             rho=tuple(layer.rho[row] for layer in report.layers),
             answer_nll=likelihoods[row],

@@ -32,6 +32,8 @@ CREATE TABLE IF NOT EXISTS configurations (configuration TEXT PRIMARY KEY, docum
 CREATE TABLE IF NOT EXISTS plans (
     run INTEGER NOT NULL, configuration TEXT NOT NULL, place INTEGER NOT NULL, samples INTEGER NOT NULL,
     PRIMARY KEY (run, configuration));
+CREATE TABLE IF NOT EXISTS skipped (
+    run INTEGER NOT NULL, configuration TEXT NOT NULL, reason TEXT NOT NULL, PRIMARY KEY (run, configuration));
 CREATE TABLE IF NOT EXISTS results (
     key TEXT PRIMARY KEY, configuration TEXT NOT NULL, sample INTEGER NOT NULL, digest TEXT NOT NULL,
     prediction TEXT NOT NULL, reference TEXT NOT NULL, exact_match INTEGER NOT NULL, score REAL NOT NULL,
@@ -187,6 +189,7 @@ class Study:
         run: the latest.
         planned: its configurations, in the order of its file.
         results: in the order of the plan, then of the samples.
+        skipped: why a configuration cannot be, by its id: its strategy refuses the model or the budget.
         stale: how many other results the folder holds, of another plan, checkpoint or version.
     """
 
@@ -194,13 +197,17 @@ class Study:
     planned: tuple[Planned, ...]
     results: tuple[Result, ...]
     stale: int
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     def missing(self) -> list[tuple[Configuration, int]]:
-        """Return the configurations that are not complete, and how many samples each lacks."""
+        """Return the configurations that are not complete, and how many samples each lacks; those that are skipped left
+        out.
+        """
         have: dict[str, int] = {}
         for result in self.results:
             have[result.configuration.id] = have.get(result.configuration.id, 0) + 1
-        lacking = ((entry.configuration, entry.samples - have.get(entry.configuration.id, 0)) for entry in self.planned)
+        asked = [entry for entry in self.planned if entry.configuration.id not in self.skipped]
+        lacking = [(entry.configuration, entry.samples - have.get(entry.configuration.id, 0)) for entry in asked]
         return [(configuration, count) for configuration, count in lacking if count]
 
 
@@ -327,6 +334,11 @@ class ResultsWriter:
                 [_values(result) for result in results],
             )
 
+    def skip(self, configuration: Configuration, reason: str) -> None:
+        """Write down that a configuration cannot be, and why."""
+        with self._transaction() as connection:
+            connection.execute("INSERT OR IGNORE INTO skipped VALUES (?, ?, ?)", (self.run, configuration.id, reason))
+
     def finish(self) -> None:
         """Write down that the run is complete."""
         with self._transaction() as connection:
@@ -370,7 +382,8 @@ def _read(connection: sqlite3.Connection, folder: Path) -> Study:
     )
     found = tuple(_result(planned[key].configuration, dict(zip(OWN, own, strict=True))) for key, *own in results)
     (total,) = connection.execute("SELECT count(*) FROM results").fetchone()
-    return Study(run, tuple(planned.values()), found, total - len(found))
+    skipped = dict(connection.execute("SELECT configuration, reason FROM skipped WHERE run = ?", (number,)))
+    return Study(run, tuple(planned.values()), found, total - len(found), skipped)
 
 
 def _result(configuration: Configuration, own: dict[str, Any]) -> Result:

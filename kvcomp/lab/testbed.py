@@ -41,6 +41,12 @@ class LoadedTestbed:
         encoded = self.codec.encode(samples)
         return {name: value.to(self.model.device) for name, value in encoded.items()}
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Return the tokens that end an answer; empty where only its length does."""
+        given = self.model.generation_config.eos_token_id
+        return () if given is None else tuple(given) if isinstance(given, list | tuple) else (given,)
+
     def visual(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return which tokens stand for images, `(batch, tokens)` bool."""
         modality = adapter_for(self.model.config).modality(inputs)
@@ -48,7 +54,12 @@ class LoadedTestbed:
 
 
 def load_testbed(
-    folder: Path, device: torch.device | str = "cpu", *, dtype: str = "float32", codec: Codec | None = None
+    folder: Path,
+    device: torch.device | str = "cpu",
+    *,
+    dtype: str = "float32",
+    codec: Codec | None = None,
+    device_map: str | None = None,
 ) -> LoadedTestbed:
     """Return the testbed in a Hugging Face checkpoint folder.
 
@@ -57,6 +68,7 @@ def load_testbed(
         device: where the model goes.
         dtype: of its weights; `auto` is that of the checkpoint.
         codec: its processor, where it was loaded before; see `load_codec`.
+        device_map: lets `accelerate` place the layers on several devices instead (`auto`).
 
     Raises:
         InputError: the folder is not there, or holds no such checkpoint, or a malformed `tasks.json`.
@@ -65,10 +77,11 @@ def load_testbed(
     records = read_records(folder)
     codec = codec or load_codec(folder)
     try:
-        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, device_map=device_map)
     except FAILURES as error:
         raise InputError(f"the testbed in {folder} cannot be loaded: {error}") from error
-    return LoadedTestbed(folder.name, model.to(device).eval(), codec, records)
+    placed = model if device_map else model.to(device)
+    return LoadedTestbed(folder.name, placed.eval(), codec, records)
 
 
 def load_codec(folder: Path, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Codec:

@@ -16,7 +16,7 @@ from kvcomp.lab.outcomes import Outcome
 def seen(task, number, prediction):
     sample = task.sample("test", number)
     score = task.score(prediction, sample)
-    return Outcome(number, prediction, False, score, 0.0, 10, 1.0, 1.0, ())
+    return Outcome(number, prediction, False, score, 0.0, 10, 3, 1.0, 1.0, 1.0, ())
 
 
 def result(name, score, samples):
