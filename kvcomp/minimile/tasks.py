@@ -168,22 +168,25 @@ class RecallHard(MiniTask):
 
 
 class Retrieve(MiniTask):
-    """Name the image that shows a thing, of sixteen."""
+    """Name the image that shows a thing, of nine images of three things each."""
 
     name = "mini/retrieve"
     kinds = ("name",)
-    chance = 1 / 16
+    chance = 1 / 9
 
     def compose(self, rng: Random, size: float, *, held_out: bool = False, depth: float | None = None) -> Story:
         """Return images of things that are all different, filler."""
-        names = rng.sample(NAMES, _scaled(16, size))
-        things = _things(rng, len(names), held_out=held_out)
-        items: list[Item] = [(name, draw_thing(rng, thing)) for name, thing in zip(names, things, strict=True)]
-        questions = [
-            Question("name", "name of", str(thing), name, (number,))
-            for number, (name, thing) in enumerate(zip(names, things, strict=True))
-        ]
-        return _story(rng, items, questions, self.tokens * size, depth)
+        names = rng.sample(NAMES, _scaled(9, size))
+        things = iter(_things(rng, 3 * len(names), held_out=held_out))
+        items: list[Item] = []
+        questions: list[Question] = []
+        for number, name in enumerate(names):
+            cells = sorted(rng.sample(range(CELLS), 3))
+            scene = {cell: next(things) for cell in cells}
+            items.append((name, draw_scene(rng, scene)))
+            questions += [Question("name", "name of", str(thing), name, (number,)) for thing in scene.values()]
+            questions += _captions(name, [scene], number)
+        return _story(rng, items, questions, 0.7 * self.tokens * size, depth)
 
 
 class Order(MiniTask):
@@ -260,8 +263,7 @@ class Pairs(MiniTask):
         items: list[Item] = []
         questions: list[Question] = []
         for number, name in enumerate(rng.sample(NAMES, _scaled(self.pairs, size))):
-            things = 1 if size < 0.1 else 3 if size == 1 else rng.randint(1, 3)
-            pair = self.pair(rng, things, held_out=held_out and number == 0)
+            pair = self.pair(rng, 1 if size < 0.1 else 2, held_out=held_out and number == 0)
             items.append((name, *pair.parts))
             questions.append(Question(self.kinds[0], self.ask, name, pair.said, (number,)))
             questions += _captions(name, pair.scenes, number)
@@ -269,11 +271,11 @@ class Pairs(MiniTask):
 
     @abstractmethod
     def pair(self, rng: Random, things: int, *, held_out: bool) -> Pair:
-        """Return one pair whose first image shows up to this many things."""
+        """Return one pair whose first image shows this many things."""
 
 
 class ClevrChange(Pairs):
-    """Say which of two to four things changed its colour or its shape, came or went."""
+    """Say which of two things changed its colour or its shape, came or went."""
 
     name = "mini/clevr_change"
     kinds, ask = ("change",), "change of"
@@ -281,7 +283,7 @@ class ClevrChange(Pairs):
 
     def pair(self, rng: Random, things: int, *, held_out: bool) -> Pair:
         """Return the two images and the change."""
-        before = _scene(rng, rng.randint(min(2, things), things), held_out=held_out)
+        before = _scene(rng, things, held_out=held_out)
         cell, thing = rng.choice(list(before.items()))
         after = dict(before)
         change = rng.choice(("colour", "shape", "gone", "added"))

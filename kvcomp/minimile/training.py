@@ -31,7 +31,7 @@ from kvcomp.minimile.tasks import HARD_TASKS, TASKS
 LEARNING_RATE = 2e-3
 WARM_UP = 100
 DECAY_STEPS = 700
-DECAY_SHARE = 0.45
+DECAY_SHARE = 0.7
 """The learning rate starts to fall when this share of `--minutes` is left, whatever is learned."""
 BUDGET = 3_000
 """Tokens of one step."""
