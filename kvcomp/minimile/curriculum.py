@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from random import Random
 
+from kvcomp.minimile.base import MiniTask
 from kvcomp.minimile.batching import (
     COPY,
     PAIRS,
@@ -15,12 +16,13 @@ from kvcomp.minimile.batching import (
     Row,
     collate,
     copy_drill,
+    open_row,
     pairs_drill,
     write_plain_row,
     write_row,
 )
 from kvcomp.minimile.stories import Question, Story, seeded
-from kvcomp.minimile.tasks import HARD_TASKS, TASKS, MiniTask
+from kvcomp.minimile.tasks import HARD_TASKS, TASKS
 from kvcomp.minimile.vocabulary import DIGITS, NAMES, NOUNS, SPECIALS, WORDS, encode
 
 SIZES = (0.05, 0.15, 0.4, 1.0)
@@ -40,6 +42,7 @@ HARD_AFTER = {
 NEWEST_SHARE = 0.7
 QUESTIONS, OTHER_QUESTIONS = 10, 2
 COPY_LENGTH = 24
+COPY_SHARE = 0.75
 PAIR_COUNT = 8
 MEMORY = 0.95
 FRAMED_SHARE = 0.6
@@ -48,8 +51,10 @@ OFTEN_DRILLS, RARE_DRILLS = 0.7, 0.05
 IDLE_WEIGHT = 0.2
 EARLIER = "earlier"
 """What the kinds of rows below a task's newest level begin with."""
-DRILLED = 0.7
-"""Drills become rare when this share of them is right to the last token."""
+DRILLED = 0.9
+"""Drills are learned when this share of their tokens is right."""
+DRILL_ROWS = 0.5
+"""The share of a step's tokens that stands in rows of copies or pairs alone, until drills are learned."""
 
 
 @dataclass
@@ -129,10 +134,13 @@ def draw_batch(seed: int, step: int, course: Course, budget: int) -> Batch:
     """
     rng = seeded("train", seed, step)
     write = write_row if course.bound and rng.random() < FRAMED_SHARE else write_plain_row
-    drilled = rng.random() < (RARE_DRILLS if course.drilled else OFTEN_DRILLS)
+    drilled = rng.random() < (RARE_DRILLS if course.bound else OFTEN_DRILLS) if course.drilled else False
     newest = course.levels[course.draw_task(rng).name]
     level = newest if rng.random() < NEWEST_SHARE else rng.randint(0, newest)
     rows: list[Row] = []
+    for _ in range(0 if course.drilled else int(DRILL_ROWS * budget / (2 * COPY_LENGTH))):
+        rows.append(open_row([_draw_copy(rng) if rng.random() < COPY_SHARE else _draw_pairs(rng)]))
+    budget -= sum(len(row.ids) for row in rows)
     while budget > 0:
         task = course.draw_task(rng, level)
         story = task.compose(rng, SIZES[level])

@@ -149,15 +149,18 @@ def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def score(logits: Tensor, batch: Batch) -> dict[str, float]:
-    """Return for each kind of question the share of answers whose every token is the most likely one."""
+    """Return for each kind of question the share of answers whose every token is the most likely one, and for each
+    kind of drill the share of such tokens.
+    """
     wanted = batch.targets != IGNORED
-    wrong = (logits.detach().argmax(dim=-1) != batch.targets[wanted]).long()
-    zeros = torch.zeros(len(batch.kinds), dtype=torch.long)
-    errors = zeros.index_add_(0, batch.answers[wanted], wrong).tolist()
+    right = (logits.detach().argmax(dim=-1) == batch.targets[wanted]).float()
+    zeros = torch.zeros(len(batch.kinds))
+    tokens = zeros.index_add(0, batch.answers[wanted], torch.ones_like(right))
+    parts = zeros.index_add(0, batch.answers[wanted], right) / tokens
     shares = {}
     for kind in sorted(set(batch.kinds)):
-        outcomes = [count == 0 for count, name in zip(errors, batch.kinds, strict=True) if name == kind]
-        shares[kind] = sum(outcomes) / len(outcomes)
+        part = parts[[index for index, name in enumerate(batch.kinds) if name == kind]]
+        shares[kind] = float((part if kind in (COPY, PAIRS) else part == 1).float().mean())
     return shares
 
 

@@ -4,10 +4,11 @@ import pytest
 from PIL import Image
 
 from kvcomp.minimile import TASKS
+from kvcomp.minimile.drawing import HELD_OUT
 from kvcomp.minimile.processor import build_processor
 from kvcomp.minimile.rendering import Thing
 from kvcomp.minimile.stories import TAIL, count_tokens, seeded
-from kvcomp.minimile.tasks import HARD_TASKS, HELD_OUT
+from kvcomp.minimile.tasks import HARD_TASKS
 from kvcomp.minimile.vocabulary import COLOURS, SHAPES
 
 ALL = {task.name: task for task in (*TASKS, *HARD_TASKS)}

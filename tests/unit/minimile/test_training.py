@@ -86,7 +86,7 @@ def test_an_answer_is_right_when_all_its_tokens_are():
     logits = torch.eye(8)[[3, 4, 5]]
     assert score(logits, small_batch()) == {COPY: 1.0, "task colour": 1.0}
     logits = torch.eye(8)[[3, 6, 5]]
-    assert score(logits, small_batch()) == {COPY: 0.0, "task colour": 1.0}
+    assert score(logits, small_batch()) == {COPY: 0.5, "task colour": 1.0}  # drills count by the token
 
 
 def test_drills_and_questions_weigh_the_same():
