@@ -47,7 +47,7 @@ PAIR_COUNT = 8
 MEMORY = 0.95
 FRAMED_SHARE = 0.6
 """How many of the steps ask as a chat does, once the first tasks have bound names to what they name."""
-OFTEN_DRILLS, RARE_DRILLS = 0.7, 0.05
+OFTEN_DRILLS, RARE_DRILLS = 0.25, 0.05
 IDLE_WEIGHT = 0.2
 EARLIER = "earlier"
 """What the kinds of rows below a task's newest level begin with."""
@@ -134,7 +134,7 @@ def draw_batch(seed: int, step: int, course: Course, budget: int) -> Batch:
     """
     rng = seeded("train", seed, step)
     write = write_row if course.bound and rng.random() < FRAMED_SHARE else write_plain_row
-    drilled = rng.random() < (RARE_DRILLS if course.bound else OFTEN_DRILLS) if course.drilled else False
+    drilled = course.drilled and rng.random() < (RARE_DRILLS if course.bound else OFTEN_DRILLS)
     newest = course.levels[course.draw_task(rng).name]
     level = newest if rng.random() < NEWEST_SHARE else rng.randint(0, newest)
     rows: list[Row] = []
