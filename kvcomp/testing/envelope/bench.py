@@ -64,17 +64,28 @@ class Answer:
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """One method on one model. `ratio` is what is kept: `RATIO`, or the least above it that the method can do with."""
+    """One method on one model.
+
+    Attributes:
+        engine: the method.
+        family: makes models and prompts.
+        model: what is compressed.
+        ratio: what is kept: `RATIO`, or the least above it that the method can do with.
+        token_bytes: of one token in a stock cache, measured before anything is compressed: a library that hooks the
+            model would compress that cache too.
+    """
 
     engine: Engine
     family: Family
     model: Any
     ratio: float
+    token_bytes: float
 
     @classmethod
     def of(cls, engine: Engine, family: Family, model: Any | None = None) -> Bench:
         """Return a bench with a model of its own, or this one."""
-        bench = cls(engine, family, family.model() if model is None else model, RATIO)
+        bench = cls(engine, family, family.model() if model is None else model, RATIO, 0.0)
+        bench = replace(bench, token_bytes=token_bytes(bench.model, bench.prompt()))
         return replace(bench, ratio=max(engine.least(RATIO, bench.model, prompt) for prompt in bench.rows()))
 
     def rows(self) -> list[Inputs]:
@@ -96,8 +107,20 @@ class Bench:
     def prefilled(self, inputs: Mapping[str, Tensor], **options: Any) -> Iterator[Any]:
         """Give a cache that has seen a prompt, inside its block."""
         with self.compressing(**options) as cache, torch.no_grad():
+            if inputs.keys() == {"input_ids", "attention_mask"}:  # else the model finds positions of its media itself
+                positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+                inputs = {**inputs, "position_ids": positions}
             self.model(**inputs, past_key_values=cache)
             yield cache
+
+    def feed(self, cache: Any, ids: Tensor) -> Tensor:
+        """Return the logits of the last of more text tokens `(1, tokens)`, `(1, vocabulary)`, by one bare forward.
+
+        Positions are given: M-RoPE models keep an offset of whoever called last, of another batch perhaps.
+        """
+        positions = cache.get_seq_length() + torch.arange(ids.shape[1])[None]
+        logits: Tensor = self.model(input_ids=ids, position_ids=positions, past_key_values=cache).logits[:, -1]
+        return logits
 
     def answer(self, inputs: Mapping[str, Tensor], ratio: float | None = None, **settings: Any) -> Answer:
         """Return what the model says with a compressed cache of its own."""
@@ -115,15 +138,15 @@ class Bench:
         output = self.model.generate(**given, **options | settings, output_logits=True, return_dict_in_generate=True)
         return Answer(output.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(output.logits, dim=1))
 
-    def token_bytes(self) -> float:
-        """Return what one token takes in a stock cache, in the layers with full attention."""
-        prompt = self.prompt()
-        cache = DynamicCache(config=self.model.config)
-        with torch.no_grad():
-            self.model(**prompt, past_key_values=cache)
-        full: list[Any] = [layer for layer in cache.layers if type(layer) is DynamicLayer]
-        held: int = sum(layer.keys.nbytes + layer.values.nbytes for layer in full)
-        return held / prompt["input_ids"].shape[1]
+
+def token_bytes(model: Any, prompt: Mapping[str, Tensor]) -> float:
+    """Return what one token takes in a stock cache, in the layers with full attention; outside any compression."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(**prompt, past_key_values=cache)
+    full: list[Any] = [layer for layer in cache.layers if type(layer) is DynamicLayer]
+    held: int = sum(layer.keys.nbytes + layer.values.nbytes for layer in full)
+    return held / prompt["input_ids"].shape[1]
 
 
 def left_padded(prompts: Sequence[Mapping[str, Tensor]]) -> Inputs:

@@ -90,10 +90,10 @@ def try_feature(feature: Feature, bench: Bench) -> Cell:
     verdict, reason = Verdict.GREEN, ""
     try:
         feature.trial(bench)
+    except ConformanceError as error:  # first: it is an AssertionError, by which a peer may refuse
+        verdict, reason = Verdict.RED, one_line(error)
     except bench.engine.dashes as error:
         verdict, reason = Verdict.DASH, one_line(error)
-    except ConformanceError as error:
-        verdict, reason = Verdict.RED, one_line(error)
     except Exception as error:
         verdict, reason = Verdict.RED, f"raised {type(error).__name__}: {one_line(error)}"
     return Cell(bench.engine.name, bench.family.name, feature.name, verdict, reason, time.perf_counter() - started)

@@ -92,14 +92,9 @@ def crop(bench: Bench) -> None:
     tokens = prompt["input_ids"][:, :3]
     with bench.prefilled(prompt) as cache:
         seen = cache.get_seq_length()
-        first = [_fed(bench, cache, token) for token in torch.split(tokens, 1, dim=1)]
+        first = [bench.feed(cache, token) for token in torch.split(tokens, 1, dim=1)]
         for target in (-3, seen):
             cache.crop(target)
             require(cache.get_seq_length() == seen, f"crop({target}) must leave {seen} tokens seen, got {seen}")
-            again = [_fed(bench, cache, token) for token in torch.split(tokens, 1, dim=1)]
+            again = [bench.feed(cache, token) for token in torch.split(tokens, 1, dim=1)]
             require_close(torch.stack(again), torch.stack(first), TOLERANCE, f"logits after crop({target})")
-
-
-def _fed(bench: Bench, cache: object, token: Tensor) -> Tensor:
-    logits: Tensor = bench.model(input_ids=token, past_key_values=cache).logits[:, -1]
-    return logits

@@ -104,10 +104,10 @@ def long_query(bench: Bench) -> None:
     prompt = bench.prompt(media=False)
     question = follow_up(0, prompt)
     with bench.prefilled(prompt, turns="append") as cache:
-        at_once = bench.model(input_ids=question, past_key_values=cache).logits[:, -1]
+        at_once = bench.feed(cache, question)
     with bench.prefilled(prompt, turns="append") as cache:
         for token in torch.split(question, 1, dim=1):
-            one_by_one = bench.model(input_ids=token, past_key_values=cache).logits[:, -1]
+            one_by_one = bench.feed(cache, token)
     require_close(at_once, one_by_one, TOLERANCE, "logits of a question at once, and token by token")
 
 
