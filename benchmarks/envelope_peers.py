@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 REQUIREMENTS = ("kvpress==0.5.5", "torch==2.13.0", "einops", "pluggy", "pydantic", "PyYAML")
 START, END = "<!-- measured: start -->\n", "<!-- measured: end -->\n"
-MARKS = {"green": "ok", "red": "**broken**", "dash": "-"}
+MARKS = {"green": "ok", "red": "**broken**", "dash": "-", "absent": "not run"}
 
 # Claimed for other interfaces of kvpress, which are not tried here.
 ELSEWHERE = {
@@ -132,7 +132,9 @@ def table(document: dict[str, Any]) -> Iterator[str]:
     theirs = {(cell["method"], cell["feature"]): cell for cell in document["cells"]}
     mine = ours()
     for feature in document["promises"]:
-        verdicts = [(theirs[press, feature]["verdict"], mine[METHODS[press], feature]) for press in METHODS]
+        verdicts = [
+            (theirs[press, feature]["verdict"], mine.get((METHODS[press], feature), "absent")) for press in METHODS
+        ]
         yield f"| `{feature}` | " + " | ".join(f"{MARKS[their]} | {MARKS[our]}" for their, our in verdicts) + " |"
     yield from ("", "What was seen where a cell of kvpress is not ok:", "")
     for feature in document["promises"]:
