@@ -16,6 +16,7 @@ BUILTINS = {
     "DuplicateNameError": ValueError,
     "BudgetError": ValueError,
     "InputError": ValueError,
+    "ResultsError": OSError,
     "UnsupportedModelError": TypeError,
     "UnsupportedUseError": RuntimeError,
 }
