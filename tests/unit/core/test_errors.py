@@ -17,6 +17,7 @@ BUILTINS = {
     "BudgetError": ValueError,
     "InputError": ValueError,
     "ResultsError": OSError,
+    "WorkerError": RuntimeError,
     "UnsupportedModelError": TypeError,
     "UnsupportedUseError": RuntimeError,
 }
