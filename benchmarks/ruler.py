@@ -150,17 +150,19 @@ def tables(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     for task in tasks:
         body = [shown(found.get(Cell(task, modes[0], *control))) for control in CONTROLS]
         yield f"| `{task}` | {' | '.join(body)} |"
+    shares = sorted({cell.budget for cell in found if cell.budget[:2] == "0."}, key=float)
+    methods = list(dict.fromkeys(cell.method for cell in found if cell.budget in shares))
     yield "\nrho of each layer:\n"
     for task in tasks:
-        row = found.get(Cell(task, modes[0], "flowmm", str(BUDGETS[-1])), {})
+        row = found.get(Cell(task, modes[0], "flowmm", shares[-1]), {})
         yield f"- `{task}`: {', '.join(f'{rho:.2f}' for rho in row.get('rho', ()))}"
     for mode in modes:
         for task in tasks:
             yield f"\n`{task}`, {mode.replace('_', ' ')}:\n"
-            yield f"| method | {' | '.join(f'{budget:.0%}' for budget in BUDGETS)} |"
-            yield "|---" * (len(BUDGETS) + 1) + "|"
-            for method in METHODS:
-                body = [shown(found.get(Cell(task, mode, method, str(budget)))) for budget in BUDGETS]
+            yield f"| method | {' | '.join(f'{float(budget):.0%}' for budget in shares)} |"
+            yield "|---" * (len(shares) + 1) + "|"
+            for method in methods:
+                body = [shown(found.get(Cell(task, mode, method, budget))) for budget in shares]
                 yield f"| `{method}` | {' | '.join(body)} |"
 
 

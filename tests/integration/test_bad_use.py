@@ -194,7 +194,7 @@ def test_a_file_of_another_model_is_refused(tmp_path):
         generate(model, text_inputs(20), cache)
     cache.save(tmp_path / "cache.safetensors")
     for other in (tiny_qwen3(), tiny_llama().to(torch.bfloat16)):
-        with pytest.raises(kvcomp.InputError, match="a cache of another model"):
+        with pytest.raises(kvcomp.InputError, match="the model that made it"):
             kvcomp.load_cache(tmp_path / "cache.safetensors", other)
 
 
