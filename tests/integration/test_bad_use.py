@@ -193,9 +193,8 @@ def test_a_file_of_another_model_is_refused(tmp_path):
     with kvcomp.compress(model, "snapkv", budget=0.5) as cache:
         generate(model, text_inputs(20), cache)
     cache.save(tmp_path / "cache.safetensors")
-    for other in (tiny_qwen3(), tiny_llama().to(torch.bfloat16)):
-        with pytest.raises(kvcomp.InputError, match="the model that made it"):
-            kvcomp.load_cache(tmp_path / "cache.safetensors", other)
+    with pytest.raises(kvcomp.InputError, match="the model that made it"):
+        kvcomp.load_cache(tmp_path / "cache.safetensors", tiny_qwen3())
 
 
 @pytest.mark.parametrize("reserve", [0, -5, 10.5])
