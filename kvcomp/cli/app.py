@@ -14,6 +14,7 @@ from kvcomp.cli.catalogue import check, list_entries, show
 from kvcomp.cli.demo import demo
 from kvcomp.cli.evaluate import evaluate
 from kvcomp.cli.inspect import inspect
+from kvcomp.cli.report import report
 from kvcomp.cli.run import run
 from kvcomp.cli.tasks import app as tasks
 from kvcomp.cli.verify import verify
@@ -75,6 +76,7 @@ app.command()(verify)
 app.command("eval")(evaluate)
 app.command()(inspect)
 app.command()(ablate)
+app.command()(report)
 app.command()(demo)
 app.command()(bench)
 app.add_typer(tasks, name="tasks")

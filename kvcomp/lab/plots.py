@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,25 @@ STYLE: Any = {
 
 def save_png(document: Document, path: Path) -> None:
     """Write the figure as a PNG with a white background."""
-    with rc_context(STYLE):
-        figure(document).savefig(path, format="png", dpi=160, facecolor="white")
+    write_png(lambda: figure(document), path)
 
 
 def to_svg(document: Document) -> str:
     """Return the figure as an SVG element without background, whose ink is the page's text colour."""
+    return draw_svg(lambda: figure(document))
+
+
+def write_png(draw: Callable[[], Figure], path: Path) -> None:
+    """Write any figure as a PNG with a white background. A character that the font lacks is drawn as a box."""
+    with rc_context(STYLE), warnings.catch_warnings(action="ignore", category=UserWarning):
+        draw().savefig(path, format="png", dpi=160, facecolor="white")
+
+
+def draw_svg(draw: Callable[[], Figure]) -> str:
+    """Return any figure as an SVG element without background, whose ink is the page's text colour."""
     buffer = io.StringIO()
-    with rc_context(STYLE):
-        figure(document).savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with rc_context(STYLE), warnings.catch_warnings(action="ignore", category=UserWarning):
+        draw().savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :].replace(INK, "currentColor")
 
