@@ -13,7 +13,7 @@ from kvcomp.lab.reporting.tables import Entry, Table
 from kvcomp.lab.reporting.texts import plain
 from kvcomp.lab.results import read_study
 
-MARKS = {1: " +", -1: " -", 0: ""}
+MARKS = {1: " ▲", -1: " ▼", 0: "  "}
 
 
 def report(
@@ -54,7 +54,7 @@ def emit(written: Written) -> None:
             typer.echo(f"\n{plain(table.title)}")
             emit_table(*_shown(table))
     if findings.baseline is not None:
-        typer.echo(f"\n+ - significantly above, below {plain(findings.baseline)}; * significantly the best.")
+        typer.echo(f"\n▲ ▼ significantly above, below {plain(findings.baseline)}; * significantly the best.")
     typer.echo(findings.state)
     if not written.parquet:
         typer.echo("No results.parquet: it needs pyarrow, `pip install 'kvcomp[parquet]'`.")
@@ -63,7 +63,7 @@ def emit(written: Written) -> None:
 
 def _shown(table: Table) -> tuple[tuple[str, ...], list[list[str]], tuple[str, ...]]:
     head = tuple(plain(title, 40) for title in table.head)
-    return head, [[_entry(entry) for entry in row] for row in table.body], head[1:]
+    return head, [[plain(row[0].text, 40), *map(_entry, row[1:])] for row in table.body], head[1:]
 
 
 def _entry(entry: Entry) -> str:

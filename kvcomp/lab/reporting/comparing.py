@@ -55,7 +55,7 @@ class Comparison:
 
 def compare_all(block: Block, baseline: str) -> dict[tuple[str, Arm], Comparison]:
     """Return every arm of a block held against the baseline, by task and for the average; one family of tests."""
-    found = {}
+    found: dict[tuple[str, Arm], Comparison] = {}
     for arm in block.arms:
         against = block.reference(baseline, arm.budget)
         if against is not None and against != arm:

@@ -59,9 +59,9 @@ def budget_plot(block: Block) -> Plot | None:
     def draw() -> Figure:
         figure, panels = _panels(block.tasks)
         for task, axes in zip(block.tasks, panels, strict=True):
-            for number, label in enumerate(_compressed(block)):
+            for label in (label for label in block.labels if label != FULL):
                 own = [row for row in rows if (row["task"], row["strategy"]) == (task, label)]
-                _curve(axes, number, label, [row for row in own if isinstance(row["budget"], float)])
+                _curve(axes, _style(block, label), label, [row for row in own if isinstance(row["budget"], float)])
             for row in rows:
                 if (row["task"], row["strategy"]) == (task, FULL):
                     axes.axhline(100 * row["score"], color=INK, linewidth=0.8, linestyle=":", label=FULL)
@@ -137,10 +137,15 @@ def pareto_plot(block: Block) -> Plot | None:
     def draw() -> Figure:
         figure = Figure(figsize=(7.5, 4.0), layout="constrained")
         axes = figure.subplots(1, 1)
-        for number, label in enumerate(block.labels):
+        for label in block.labels:
             own = [row for row in rows if row["strategy"] == label]
             places = [100 * row["share_of_bytes"] for row in own]
-            axes.plot(places, [100 * row["score"] for row in own], label=plain(label, NAME), **_style(number, "none"))
+            axes.plot(
+                places,
+                [100 * row["score"] for row in own],
+                label=plain(label, NAME),
+                **_style(block, label) | {"linestyle": "none"},
+            )
         front = sorted((row for row in rows if row["front"]), key=lambda row: row["share_of_bytes"])
         axes.plot(
             [100 * row["share_of_bytes"] for row in front],
@@ -172,11 +177,11 @@ def time_plot(block: Block) -> Plot | None:
     def draw() -> Figure:
         figure = Figure(figsize=(7.5, 3.2), layout="constrained")
         axes = figure.subplots(1, 1)
-        for number, label in enumerate(block.labels):
+        for label in block.labels:
             own = sorted((row for row in rows if row["strategy"] == label), key=lambda row: row["budget"])
             if own:
                 places, values = zip(*((100 * row["budget"], row["decode_milliseconds"]) for row in own), strict=True)
-                axes.plot(places, values, label=plain(label, NAME), **_style(number))
+                axes.plot(places, values, label=plain(label, NAME), **_style(block, label))
         axes.set_ylim(bottom=0)
         axes.set_xlabel("budget, % of tokens")
         axes.set_ylabel("decode time, ms per token")
@@ -298,10 +303,6 @@ def _is_number(cell: Cell, name: str) -> bool:
     return isinstance(cell.policy.get(name), float)
 
 
-def _compressed(block: Block) -> list[str]:
-    return [label for label in block.labels if label != FULL]
-
-
 def _suffix(block: Block) -> str:
     return f"{block.model} {block.query_mode}"
 
@@ -319,22 +320,24 @@ def _panels(names: Sequence[str]) -> tuple[Figure, list[Axes]]:
     return figure, list(grid[: len(names)])
 
 
-def _curve(axes: Axes, number: int, label: str, rows: Sequence[Row]) -> None:
+def _curve(axes: Axes, style: Row, label: str, rows: Sequence[Row]) -> None:
     rows = sorted(rows, key=lambda row: row["budget"])
     if not rows:
         return
     places, scores = [100 * row["budget"] for row in rows], [100 * row["score"] for row in rows]
-    axes.plot(places, scores, label=plain(label, NAME), **_style(number))
+    axes.plot(places, scores, label=plain(label, NAME), **style)
     low, high = [100 * row["low"] for row in rows], [100 * row["high"] for row in rows]
-    axes.fill_between(places, low, high, color=COLOURS[number % len(COLOURS)], alpha=0.12, linewidth=0)
+    axes.fill_between(places, low, high, color=style["color"], alpha=0.12, linewidth=0)
 
 
-def _style(number: int, line: str | None = None) -> dict[str, Any]:
+def _style(block: Block, label: str) -> dict[str, Any]:
+    """Return how a strategy is drawn, in every figure of a block; the full cache in the ink of the page."""
+    number = [other for other in block.labels if other != FULL].index(label) if label != FULL else None
     return {
-        "color": COLOURS[number % len(COLOURS)],
-        "linestyle": line or LINES[number // len(COLOURS) % len(LINES)],
-        "marker": MARKERS[number % len(MARKERS)],
-        "markersize": 4,
+        "color": INK if number is None else COLOURS[number % len(COLOURS)],
+        "linestyle": "-" if number is None else LINES[number // len(COLOURS) % len(LINES)],
+        "marker": "*" if number is None else MARKERS[number % len(MARKERS)],
+        "markersize": 4 if number is not None else 7,
         "linewidth": 1.2,
     }
 

@@ -234,5 +234,5 @@ def _legend(baseline: str | None) -> str:
         return f"{bold} No baseline was run."
     return (
         f"{bold} ▲ ▼: significantly above or below {baseline} (paired tests at 5 %, Holm's correction over all "
-        "methods, budgets and columns of this model and query mode). Δ: points, with the 95 % paired bootstrap interval."
+        "methods, budgets and columns of this model and query mode). Δ: points, with a 95 % paired bootstrap interval."
     )

@@ -7,7 +7,6 @@ from html import escape
 
 from kvcomp.lab.page import render_page
 from kvcomp.lab.plots import draw_svg
-from kvcomp.lab.reporting.cells import Arm
 from kvcomp.lab.reporting.figures import Plot
 from kvcomp.lab.reporting.findings import Findings, circumstances, describe
 from kvcomp.lab.reporting.tables import Entry, Table
@@ -46,7 +45,7 @@ def _table(table: Table) -> str:
     return (
         f"<h3>{_text(table.title)}</h3>\n"
         f'<div class="scroll" tabindex="0"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n'
-        f"</table></div>\n<p><small>{_text(table.caption)}</small></p>\n"
+        f'</table></div>\n<p class="caption">{_text(table.caption)}</p>\n'
     )
 
 
@@ -64,8 +63,9 @@ def _entry(entry: Entry) -> str:
 
 
 def _figure(plot: Plot) -> str:
+    title = escape(plain(plot.title), quote=True)
     return (
-        f'<h3>{_text(plot.title)}</h3>\n<figure tabindex="0" aria-label="{escape(plain(plot.title), quote=True)}">'
+        f'<h3>{_text(plot.title)}</h3>\n<figure class="plot" tabindex="0" aria-label="{title}">'
         f"{draw_svg(plot.draw)}<figcaption>{_text(plot.caption)}</figcaption></figure>\n"
     )
 
@@ -83,7 +83,7 @@ def _examples(findings: Findings) -> str:
     if not findings.examples:
         return ""
     rows = "\n".join(
-        f"<tr><td>{_text(_arm(each.arm), 80)}</td><td>{_text(each.task, 60)} {each.sample}</td>"
+        f"<tr><td>{_text(str(each.arm), 80)}</td><td>{_text(each.task, 60)} {each.sample}</td>"
         f'<td class="wide">{_text(each.reference, 200)}</td><td class="wide">{_text(each.prediction, 200)}</td></tr>'
         for each in findings.examples
     )
@@ -94,10 +94,6 @@ def _examples(findings: Findings) -> str:
         f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>\n'
         "</details>\n"
     )
-
-
-def _arm(arm: Arm) -> str:
-    return str(arm)
 
 
 def _list(items: Iterable[str], lead: str) -> str:
