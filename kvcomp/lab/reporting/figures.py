@@ -14,11 +14,13 @@ from kvcomp.lab.reporting.cells import FULL, Arm, Block, Cell, unique
 from kvcomp.lab.reporting.comparing import Comparison, hold_against
 from kvcomp.lab.reporting.tables import budget_text
 from kvcomp.lab.reporting.texts import plain
+from kvcomp.lab.results import Result
 from kvcomp.lab.statistics import bootstrap, mean
 
 COLOURS = ("#d9622b", "#2f74c0", "#2a9d72", "#7a4fb5", "#c2447e", "#b8860b", "#5d8aa8", "#8b929c")
 LINES = ("-", "--", ":", "-.")
 MOST_COLUMNS = 4
+MOST_DEPTHS = 12
 NAME = 28  # characters of a name on a figure
 Row = dict[str, Any]
 
@@ -238,17 +240,24 @@ def _pareto_rows(block: Block) -> list[Row]:
     return [row | {"front": not any(_beats(other, row) for other in rows)} for row in rows]
 
 
+def _results(block: Block) -> Iterator[Result]:
+    return (result for cell in block.cells.values() for result in cell.results.values())
+
+
 def _beats(other: Row, row: Row) -> bool:
     fewer, more = other["share_of_bytes"] - row["share_of_bytes"], other["score"] - row["score"]
     return bool(fewer <= 0 and more >= 0 and (fewer < 0 or more > 0))
 
 
 def _depth_rows(block: Block) -> Iterator[Row]:
+    """Yield the mean score at each depth; depths of which there are many are taken together by tenths."""
+    found = {round(result.depth, 2) for result in _results(block) if result.depth is not None}
+    digits = 2 if len(found) <= MOST_DEPTHS else 1
     for (task, arm), cell in block.cells.items():
         by_depth: dict[float, list[float]] = {}
         for result in cell.results.values():
             if result.depth is not None:
-                by_depth.setdefault(round(result.depth, 2), []).append(result.score)
+                by_depth.setdefault(round(result.depth, digits), []).append(result.score)
         for depth, scores in sorted(by_depth.items()):
             numbers = {"depth": depth, "samples": len(scores), "score": sum(scores) / len(scores)}
             yield _arm_row(block, arm) | {"task": task} | numbers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -161,9 +162,10 @@ def _results(block: Block, task: str, arm: Arm) -> Mapping[tuple[int, int], Resu
 
 def circumstances(study: Study) -> Sequence[tuple[str, str]]:
     """Return on what, and from what file, a study was run: names and values."""
-    versions = study.run.environment.get("versions", {})
-    shown = [("started", study.run.started), ("finished", study.run.finished or "not finished")]
-    shown += [(str(name), str(value)) for name, value in study.run.environment.items() if name != "versions"]
-    if isinstance(versions, Mapping):
-        shown.append(("versions", ", ".join(f"{name} {number}" for name, number in versions.items())))
-    return shown + [(str(name), str(value)) for name, value in study.run.config.items()]
+    documents = [("started", study.run.started), ("finished", study.run.finished or "not finished")]
+    documents += [*study.run.environment.items(), *study.run.config.items()]
+    return [(str(name), _spelled(value)) for name, value in documents if value not in (None, "", [], {})]
+
+
+def _spelled(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
