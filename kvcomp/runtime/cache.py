@@ -188,7 +188,12 @@ class CompressedCache(Cache):
         super().crop(tokens_to_remove)
 
     def snapshot(self) -> Snapshot:
-        """Return the cache as it is now, sharing its memory. It stays valid whatever the cache does next."""
+        """Return the cache as it is now, sharing its memory. It stays valid whatever the cache does next.
+
+        Raises:
+            UnsupportedUseError: the last forward did not end.
+        """
+        self._check_ended()
         self._catch_up()
         return Snapshot.of(self.layers, self.strategy, self.fed)
 
@@ -224,10 +229,12 @@ class CompressedCache(Cache):
 
         Raises:
             InputError: the file cannot be written.
-            UnsupportedUseError: the cache is empty, waits for `finish()`, or has layers that are not compressed.
+            UnsupportedUseError: the cache is empty, waits for `finish()`, has layers that are not compressed, or its
+                last forward did not end.
         """
         from kvcomp.runtime.files import save_cache  # files knows the cache, and is needed only here
 
+        self._check_ended()
         self._catch_up()
         save_cache(self, Path(path))
 
@@ -343,14 +350,18 @@ class CompressedCache(Cache):
                 f"{lost} tokens found no room, so that what was generated since is wrong; reserve more or generate less"
             )
 
-    def _check_inputs(self, inputs: Mapping[str, Any]) -> None:
-        """Raise where a forward cannot go on from what the cache has seen."""
-        self.loosen()
+    def _check_ended(self) -> None:
+        """Raise where a forward was interrupted between two layers."""
         if self._under_way:
             raise UnsupportedUseError(
                 "the last forward with this cache did not end, so its layers do not hold the same tokens; restore a "
                 "snapshot, or use a new cache"
             )
+
+    def _check_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """Raise where a forward cannot go on from what the cache has seen."""
+        self.loosen()
+        self._check_ended()
         given = _given(inputs)
         if given is None:
             return

@@ -146,8 +146,14 @@ def test_a_cache_whose_forward_did_not_end_is_refused_until_it_is_restored(recip
         cache.restore(snapshot)
         with broken(model, KeyboardInterrupt, at=1), pytest.raises(KeyboardInterrupt):
             model(**text_inputs(9, seed=6) | {"attention_mask": None}, past_key_values=cache)
-        with pytest.raises(kvcomp.UnsupportedUseError, match=r"did not end.* restore a snapshot, or use a new cache"):
-            model(input_ids=more, past_key_values=cache)
+        uses = (
+            lambda: model(input_ids=more, past_key_values=cache),
+            cache.snapshot,
+            lambda: cache.save("never-written"),
+        )
+        for use in uses:
+            with pytest.raises(kvcomp.UnsupportedUseError, match=r"did not end.* restore a snapshot, or use a new"):
+                use()
         cache.restore(snapshot)
         assert torch.equal(model(input_ids=more, past_key_values=cache).logits, expected)
         cache.reset()
