@@ -137,7 +137,7 @@ METHODS = {
     "streaming-llm": ({}, each(streaming)),
     "tova": ({}, tova),
     "snapkv": ({}, each(windowed(kernel=5))),
-    "flowmm": ({"matcher": "none", "merger": "drop"}, each(windowed(kernel=1))),
+    "flowmm": ({"policy": "uniform", "matcher": "none", "merger": "drop"}, each(windowed(kernel=1))),
 }
 
 

@@ -11,7 +11,7 @@ from milebench_folders import ALFRED, MMCOQA, NEEDLE, write_task
 from PIL import Image
 
 from kvcomp.core.errors import DataError
-from kvcomp.lab.milebench import Truncation, open_folder
+from kvcomp.lab.milebench import Reading, Truncation, open_folder
 from kvcomp.lab.scoring import SCORERS
 
 TASKS = {"ALFRED": ALFRED, "MMCoQA": MMCOQA, "ImageNeedleInAHaystack": NEEDLE}
@@ -22,10 +22,10 @@ SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-2, 9), st.floats(allo
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3), max_leaves=6
 )
-OPTIONS = [
-    {},
-    {"placeholder_policy": "official"},
-    {"truncation": Truncation(9, 2, str.split, " ".join)},
+READINGS = [
+    Reading(),
+    Reading(placeholder_policy="official"),
+    Reading(truncation=Truncation(9, 2, str.split, " ".join)),
 ]
 
 
@@ -46,9 +46,9 @@ def replaced(document, path, value):
     return document
 
 
-def open_or_faults(root, options):
+def open_or_faults(root, reading):
     try:
-        return open_folder(root, **options).tasks, ()
+        return open_folder(root, reading=reading).tasks, ()
     except DataError as error:
         return (), error.faults
 
@@ -63,8 +63,8 @@ def test_a_file_opens_or_names_its_faults(tmp_path_factory, data):
         place = data.draw(st.sampled_from(list(places(document)) or [()]))
         document = replaced(document, place, data.draw(VALUES)) if place else document
     path.write_text(json.dumps(document))
-    for options in OPTIONS:
-        tasks, faults = open_or_faults(root, options)
+    for reading in READINGS:
+        tasks, faults = open_or_faults(root, reading)
         assert bool(tasks) != bool(faults)
         assert all(fault.startswith(f"{name}/{name}.json: ") for fault in faults)
         for task in tasks:
