@@ -18,6 +18,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from kvcomp.core.registry import registry
+
 Inputs = dict[str, Tensor]
 Configuration = dict[str, Any]
 
@@ -84,13 +86,15 @@ class Family:
 
     @property
     def available(self) -> bool:
-        """Return whether the installed transformers has the family."""
+        """Return whether the installed transformers has the family, or a plugin adds it."""
+        registry.entries("adapter")  # plugins are loaded
         return self.configuration["model_type"] in CONFIG_MAPPING
 
     def model(self, seed: int = 0) -> PreTrainedModel:
         """Return a new model in float32 and evaluation mode; the same weights for the same seed, and the caller's
         random state as it was.
         """
+        registry.entries("adapter")  # plugins are loaded, which may add families to transformers
         settings = {name: value for name, value in self.configuration.items() if name != "model_type"}
         config = AutoConfig.for_model(self.configuration["model_type"], **settings)
         builder: Any = AutoModelForImageTextToText if self.media else AutoModelForCausalLM

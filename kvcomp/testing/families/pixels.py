@@ -107,6 +107,18 @@ PIXEL_FAMILIES = (
         (pictures(4),),
     ),
     Family(
+        "mobilevlm-v2",
+        {
+            "model_type": "mobilevlm",
+            "text_config": LLAMA,
+            "vision_config": {**CLIP, "image_size": 56},
+            "image_token_index": IMAGE,
+            "projector_side": 2,
+        },
+        (pictures(4, side=56),),
+        note="its class comes with kvcomp",
+    ),
+    Family(
         "llava-next",
         {
             "model_type": "llava_next",
