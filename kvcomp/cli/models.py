@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from kvcomp.core.errors import InputError
+from kvcomp.core.registry import registry
 
 FAILURES = (OSError, ValueError, ImportError, KeyError, SafetensorError)
 
@@ -43,6 +44,7 @@ def find_model(name: str) -> Source:
     """
     if _is_path(name) and not Path(name).expanduser().is_dir():
         raise InputError(f"--model must be a folder or a hub id, and this folder does not exist: {name}")
+    registry.entries("adapter")  # plugins are loaded, which may add families to transformers
     place = str(Path(name).expanduser()) if _is_path(name) else name
     try:
         return Source(place, AutoConfig.from_pretrained(place))

@@ -4,8 +4,9 @@ The original layout (Meituan-AutoML/MobileVLM, mobilevlm/model): Llama's names f
 tower under `model.vision_tower.vision_tower.vision_model`; the projector under `model.mm_projector`, in which the
 pointwise layers are `mlp.mlp.0` and `mlp.mlp.2`, the convolution is `peg.peg.0`, and the pooling `dwn` has no weights.
 
-Deviation: the original replaces the id -200, which is no token. Here the vocabulary has one token more, which stands for
-images. Its embedding is never read and its logit is 0; the generation settings say that it is never generated.
+Deviation: the original replaces the id -200, which is no token. Here the vocabulary has one token more, which stands
+for images. Its embedding is replaced by image features, its logit is 0, and the generation settings keep it from being
+generated.
 """
 
 import json
@@ -77,9 +78,7 @@ def convert(checkpoint: str | Path, folder: str | Path, vision: CLIPVisionConfig
     return config
 
 
-def configuration(
-    settings: Mapping[str, Any], source: Path, vision: CLIPVisionConfig | None = None
-) -> MobileVLMConfig:
+def configuration(settings: Mapping[str, Any], source: Path, vision: CLIPVisionConfig | None = None) -> MobileVLMConfig:
     """Return our configuration of a model with these original settings, its vocabulary one token larger.
 
     Raises:
@@ -124,8 +123,8 @@ def renamed(original: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source
             found[ours], origin[ours] = _with_image_token(ours, tensor), name
     faults += [f"{_original(name)}: missing" for name in wanted if name not in found]
     faults += [
-        f"{origin[name]}: must have shape {_original_shape(name, wanted[name])}, got {tuple(original[origin[name]].shape)}"
-        for name in found
+        f"{before}: must have shape {_original_shape(name, wanted[name])}, got {tuple(original[before].shape)}"
+        for name, before in origin.items()
         if found[name].shape != wanted[name].shape
     ]
     _refuse(
@@ -167,8 +166,8 @@ def _refuse_pickles(source: Path) -> None:
     pickles = sorted(file.name for pattern in PICKLES for file in source.glob(pattern))
     if pickles:
         raise InputError(
-            f"{source} holds its weights pickled ({', '.join(pickles)}), and kvcomp does not open pickles, which can run "
-            "code; convert each one first: safetensors.torch.save_file({name: tensor.clone().contiguous() for name, "
+            f"{source} holds its weights pickled ({', '.join(pickles)}), and kvcomp does not open pickles, which can "
+            "run code; convert each first: safetensors.torch.save_file({name: tensor.clone().contiguous() for name, "
             "tensor in torch.load('FILE.bin', map_location='cpu', weights_only=True).items()}, 'FILE.safetensors')"
         )
 

@@ -1,4 +1,4 @@
-"""MobileVLM V2: LLaVA with a projector that makes few tokens of an image. All but the projector is transformers' own."""
+"""MobileVLM V2: LLaVA with a projector that makes few tokens of an image. The rest is from transformers."""
 
 import math
 
@@ -10,8 +10,8 @@ from kvcomp_adapters.mobilevlm.configuration import MobileVLMConfig
 
 
 class DownsampleProjector(nn.Module):
-    """The lightweight downsample projector LDPv2: two pointwise layers, average pooling to a fixed grid, and a depthwise
-    convolution beside a residual connection, which tells the places apart (arXiv:2402.03766, section 3.3;
+    """The lightweight downsample projector LDPv2: two pointwise layers, average pooling to a fixed grid, and a
+    depthwise convolution beside a residual connection, which tells the places apart (arXiv:2402.03766;
     Meituan-AutoML/MobileVLM, mobilevlm/model/vision_projector.py).
     """
 
