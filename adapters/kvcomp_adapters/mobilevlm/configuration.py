@@ -13,6 +13,8 @@ class MobileVLMConfig(LlavaConfig):
     """
 
     model_type = "mobilevlm"
+    vision_config: Any = None
+    text_config: Any = None
     projector_side: int = 12
 
     def __post_init__(self, **kwargs: Any) -> None:
