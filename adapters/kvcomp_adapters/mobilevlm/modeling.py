@@ -40,8 +40,9 @@ class DownsampleProjector(nn.Module):
                 f"patches={features.shape[1]}; set vision_feature_select_strategy='default' and use square images"
             )
         mixed = self.linear_2(self.activation(self.linear_1(features)))
-        grid: Tensor = self.pool(mixed.transpose(1, 2).unflatten(2, (side, side)))  # (batch, hidden, grid, grid)
-        return (grid + self.position(grid)).flatten(2).transpose(1, 2)
+        grid = self.pool(mixed.transpose(1, 2).unflatten(2, (side, side)))  # (batch, hidden, grid, grid)
+        placed: Tensor = grid + self.position(grid)
+        return placed.flatten(2).transpose(1, 2)
 
 
 class MobileVLMModel(LlavaModel):
