@@ -159,7 +159,7 @@ def _layout(module: nn.Module, cos: Tensor, sin: Tensor) -> Layout:
     key = torch.linspace(-1.0, 2.0, getattr(module, "head_dim", cos.shape[-1]), dtype=cos.dtype, device=cos.device)
     key = key.square().view(1, 1, 1, -1)
     rotate = getattr(sys.modules[type(module).__module__], ROTATION, None)
-    expected = None if rotate is None else rotate(key, key, cos, sin)[1].float()
+    expected = None if rotate is None else _rotated(rotate, key, cos, sin).float()
     for layout in LAYOUTS:
         own_cos, own_sin = (_one_per_pair(values, layout)[:, None] for values in (cos, sin))
         turned = Rotary(own_cos, own_sin, layout.keys).rotate(key)
@@ -169,6 +169,13 @@ def _layout(module: nn.Module, cos: Tensor, sin: Tensor) -> Layout:
         f"{type(module).__name__} rotates keys in a way that kvcomp cannot turn back; use a merger that does not need "
         "to, such as pivot-mean or values-only"
     )
+
+
+def _rotated(rotate: Callable[..., Any], key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return a key as a family's function turns it, which takes queries and keys, or one of them (Gemma 4)."""
+    alone = list(inspect.signature(rotate).parameters).index("cos") == 1
+    turned: Tensor = rotate(key, cos, sin) if alone else rotate(key, key, cos, sin)[1]
+    return turned
 
 
 def _one_per_pair(values: Tensor, layout: Layout) -> Tensor:
