@@ -8,7 +8,7 @@ ARGS ?=# passed on by demo, test, bench, studies and train
 TORCH_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow envelope check format lint types docs docs-serve snippets package bench studies train clean
+.PHONY: help setup demo test test-slow envelope families check format lint types docs docs-serve snippets package bench studies train clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,11 @@ test-slow: setup ## Run the tests that take longer
 envelope: setup ## Try every feature with every recipe on every family, and write what was found for the documentation
 	$(TORCH_ENV) $(BIN)/python -m kvcomp verify --model all --json $(ARGS) > $(VENV)/envelope.json; status=$$?; \
 		test $$status -le 1 && mv $(VENV)/envelope.json docs/envelope.json; exit $$status
+
+families: setup ## Test every model family with every recipe, and write what was found for the documentation
+	$(TORCH_ENV) $(BIN)/python -m pytest -q -n $(JOBS) -m 'not gpu and not network' tests/integration/test_families.py \
+		--junitxml=$(VENV)/families.xml -o junit_family=xunit1 $(ARGS); status=$$?; \
+		$(BIN)/python tests/family_results.py $(VENV)/families.xml docs/families.json && exit $$status
 
 check: lint types test docs package ## Everything that CI checks
 

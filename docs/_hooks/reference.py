@@ -20,6 +20,7 @@ from kvcomp.core.interfaces import PART_KINDS, Part
 from kvcomp.core.registry import Entry, registry
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from models import models_page
 from recipes import index_page, recipe_page
 
 HERE = "This page is generated from the code. "
@@ -47,6 +48,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "api": api_page(),
         "cli": command_line_page(),
         "envelope": envelope_page(HERE),
+        "models": models_page(),
     }
     pages |= {f"parts/{kind}": kind_page(kind) for kind in PART_KINDS}
     pages |= {f"recipes/{entry.name}": recipe_page(entry) for entry in registry.entries("recipe")}

@@ -40,6 +40,7 @@ ORDINARY = (2, 80)  # tokens without a meaning of their own
 LENGTHS = (44, 17, 29)  # of text prompts of the seeds 0, 1, 2
 COUNTS = (3, 1, 2)  # of the media in their prompts
 SPREAD = 5.0  # times the stock initial weights, with which attention would be all but uniform
+NORM_SPREAD = 0.3  # deviation of the weights of norms from where they start
 BETWEEN = 5  # ordinary tokens before each medium and after the last
 
 
@@ -101,8 +102,10 @@ class Family:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
             model: PreTrainedModel = builder.from_config(config).eval()
-            for weight in model.parameters():
-                if weight.ndim > 1 and weight.any():
+            for name, weight in model.named_parameters():
+                if weight.ndim == 1 and "norm" in name:  # else keys that are normalised would all have one length
+                    weight.add_(torch.randn_like(weight), alpha=NORM_SPREAD)
+                elif weight.ndim > 1 and weight.any():
                     weight.mul_(SPREAD)
                 elif weight.ndim > 1:  # a projection that starts at zero would hide the images
                     weight.normal_(std=0.1)

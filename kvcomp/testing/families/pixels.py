@@ -196,7 +196,7 @@ PIXEL_FAMILIES = (
         },
         (pictures(4),),
         image_labels,
-        note="the prompt sees all of itself",
+        note="the prompt sees all of itself, so two turns are held against two turns of the stock cache",
     ),
     Family(
         "idefics3",
@@ -314,7 +314,8 @@ PIXEL_FAMILIES = (
         },
         (pooled(4),),
         type_labels,
-        note="image features are added to the placeholders' embeddings",
+        note="image features are added to the placeholders' embeddings; with the stock cache too, padding matters, "
+        "so only the row without pads is compared",
     ),
     Family(
         "minicpm-v-4.6",
