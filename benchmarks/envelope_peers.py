@@ -58,7 +58,7 @@ def try_peer() -> dict[str, Any]:
     from transformers import DynamicCache
 
     from kvcomp.testing.envelope import FEATURES, Engine, NotClaimedError, run_envelope
-    from kvcomp.testing.envelope.tiny import TINY
+    from kvcomp.testing.families import FAMILIES
 
     class Press(Engine):
         """A press of kvpress, in `generate()`."""
@@ -79,7 +79,7 @@ def try_peer() -> dict[str, Any]:
             return sum(part.untyped_storage().nbytes() for layer in cache.layers for part in (layer.keys, layer.values))
 
     engines = [Press(name, make) for name, make in presses().items()]
-    envelope = run_envelope(engines, [TINY["llama"]], list(FEATURES.values()))
+    envelope = run_envelope(engines, [FAMILIES["llama"]], list(FEATURES.values()))
     cells = [as_claimed(cell) for cell in envelope.cells]
     document = replace(envelope, cells=tuple(cells)).dump()
     return document | {"versions": document["versions"] | {"kvpress": version("kvpress")}}

@@ -1,4 +1,4 @@
-"""The page of the envelope, from the document that `make envelope` writes."""
+"""The page of the envelope, from the document that `kvcomp verify --json` writes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def envelope_page(here: str) -> Iterator[str]:
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     yield from ("# The envelope", "", here + "What holds when a recipe runs in `generate()`, feature by feature.", "")
     yield (
-        "Every cell was run by `make envelope` with tiny models that have random weights, on a CPU: they show that "
+        "Every cell was run by `kvcomp verify` with tiny models that have random weights, on a CPU: they show that "
         "control flow, shapes, bytes and positions are right, and nothing about the quality of answers. "
         "[How to run it](../how-to/check.md#what-holds-in-generate)."
     )

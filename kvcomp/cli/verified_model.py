@@ -16,7 +16,8 @@ from kvcomp.cli.models import Source, find_model, load_model, load_processor
 from kvcomp.cli.prompts import encode_prompt
 from kvcomp.core.errors import InputError, suggest
 from kvcomp.testing.envelope import Family, NotClaimedError
-from kvcomp.testing.envelope.tiny import TINY
+from kvcomp.testing.envelope.bench import left_padded
+from kvcomp.testing.families import FAMILIES
 
 WORDS = "the grey cat sat on a mat and looked at two birds in the old tree by the river until the sun went down"
 LENGTHS = (48, 12, 25)  # words of the prompts of seeds 0, 1, 2
@@ -25,21 +26,26 @@ SIDE = 56  # pixels
 
 
 def families_named(names: Sequence[str]) -> list[Family]:
-    """Return the families of these names, `all` being those with a tiny model, or of models' folders."""
-    return [family for name in names for family in (TINY.values() if name == "all" else [_family(name)])]
+    """Return the families of these names or of models' folders; `all` are those with a tiny model that the installed
+    transformers has.
+    """
+    every = [family for family in FAMILIES.values() if family.available]
+    return [family for name in names for family in (every if name == "all" else [_family(name)])]
 
 
 def _family(name: str) -> Family:
     """Return a family with a tiny model, or that of a model's folder or hub id.
 
     Raises:
-        InputError: it is neither.
+        InputError: it is neither, or the installed transformers does not have the family.
     """
-    if name in TINY:
-        return TINY[name]
+    if (family := FAMILIES.get(name)) is not None:
+        if not family.available:
+            raise InputError(f"--model must be a family that the installed transformers has, got {name!r}; upgrade it")
+        return family
     if not Path(name).expanduser().is_dir() and "/" not in name:
         raise InputError(
-            f"--model must be a family with a tiny model or a model's folder, got {name!r}. {suggest(name, TINY)}"
+            f"--model must be a family with a tiny model or a model's folder, got {name!r}. {suggest(name, FAMILIES)}"
         )
     return LoadedFamily(find_model(name))
 
@@ -80,6 +86,10 @@ class LoadedFamily:
         more = {name: _padded(value, new.shape[1]) for name, value in inputs.items() if value.shape == shape}
         ids = torch.cat([inputs["input_ids"], new], dim=1)
         return {**inputs, **more, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def left_padded(self, prompts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return prompts as one batch."""
+        return left_padded(prompts)
 
 
 def _padded(value: Tensor, tokens: int) -> Tensor:

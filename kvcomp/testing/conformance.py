@@ -15,8 +15,8 @@ from kvcomp.core.strategy import Strategy
 from kvcomp.testing.drawing import Drawing, drawings, smallest
 from kvcomp.testing.envelope import FEATURES, KVCompEngine, Verdict
 from kvcomp.testing.envelope.matrix import cells_of
-from kvcomp.testing.envelope.tiny import TINY
 from kvcomp.testing.failures import ConformanceError, require
+from kvcomp.testing.families import FAMILIES
 from kvcomp.testing.pipelines import Subject, as_part, pipeline_around
 from kvcomp.testing.promises import PROMISES
 from kvcomp.testing.promises.parts import PART_PROMISES
@@ -82,7 +82,7 @@ class Case:
         return [(f", budget {budget}", partial(whole, made)) for budget, made in at]
 
     def _run_model(self, promise: str) -> None:
-        (cell,) = cells_of(KVCompEngine(self.strategy), TINY["llama"], [FEATURES[promise]])
+        (cell,) = cells_of(KVCompEngine(self.strategy), FAMILIES["llama"], [FEATURES[promise]])
         if cell.verdict is Verdict.RED:
             raise ConformanceError(cell.reason, promise, f"{self.label} on a tiny Llama")
 

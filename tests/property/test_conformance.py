@@ -223,7 +223,7 @@ BROKEN = {
     Shrinking: ("convex-hull|equal-vectors", "between their members|merge to themselves"),
     Uncounted: ("counts", "must count its pivot's tokens"),
     KeysOnly: ("same-edges", "same edges as their keys"),
-    Restless: ("full-budget|locked-pivots", "keys"),
+    Restless: ("all-kept|locked-pivots", "keys"),
     Mutating: ("unchanged-inputs", "keys of the view must not be changed"),
     Dividing: ("finite", "scores of valid tokens must be finite"),
     Relative: ("row-alone", "alone and in the batch"),
@@ -289,6 +289,11 @@ def test_what_a_part_does_not_say_of_itself_is_not_asked_of_it(part: type[Part])
 
 def test_a_promise_can_be_left_out() -> None:
     assert check(KeysOnly, seeds=[0], without=["same-edges", *MODEL_PROMISES]) is None
+
+
+def test_no_two_promises_share_a_name() -> None:
+    names = [*PROMISES, *PART_PROMISES, *MODEL_PROMISES]
+    assert len(names) == len(set(names))
 
 
 def test_an_unknown_promise_is_refused_with_a_near_miss() -> None:

@@ -26,13 +26,13 @@ from kvcomp.testing.envelope import (
     run_envelope,
 )
 from kvcomp.testing.envelope.tables import reasons, tables
-from kvcomp.testing.envelope.tiny import TINY
+from kvcomp.testing.families import FAMILIES
 
 COMPILED = "flex-attention"  # torch compiles it for a minute, so it is tried in the slow tests alone
 
 
 def cells(engine: Engine, family: str, *features: str) -> dict[str, Cell]:
-    found = run_envelope([engine], [TINY[family]], features_named(features or None)).cells
+    found = run_envelope([engine], [FAMILIES[family]], features_named(features or None)).cells
     return {cell.feature: cell for cell in found}
 
 
@@ -48,7 +48,7 @@ def test_every_feature_is_green_or_says_why_not(recipe: str, family: str) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_no_feature_of_any_recipe_is_red(recipe: str, family: str) -> None:
     found = cells(KVCompEngine(recipe), family)
     assert [cell for cell in found.values() if cell.verdict is Verdict.RED] == []
@@ -163,7 +163,7 @@ def made(*verdicts: tuple[str, str, str, Verdict]) -> Envelope:
 
 
 def test_an_envelope_comes_back_from_its_document() -> None:
-    envelope = run_envelope([KVCompEngine("snapkv")], [TINY["llama"]], features_named(["bytes", "new-media"]))
+    envelope = run_envelope([KVCompEngine("snapkv")], [FAMILIES["llama"]], features_named(["bytes", "new-media"]))
     again = Envelope.load(json.loads(json.dumps(envelope.dump())))
     assert again.dump() == envelope.dump()
     assert [cell.verdict for cell in again.cells] == [Verdict.GREEN, Verdict.DASH]
@@ -183,6 +183,6 @@ def test_reasons_that_are_the_same_are_said_once() -> None:
 
 def test_the_models_are_the_same_every_time_and_leave_the_random_state_alone() -> None:
     before = torch.get_rng_state()
-    one, other = TINY["qwen2.5-vl"].model(), TINY["qwen2.5-vl"].model()
+    one, other = FAMILIES["qwen2.5-vl"].model(), FAMILIES["qwen2.5-vl"].model()
     assert torch.equal(before, torch.get_rng_state())
     assert all(map(torch.equal, one.parameters(), other.parameters()))

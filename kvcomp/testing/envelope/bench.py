@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -49,6 +49,9 @@ class Family(Protocol):
             NotClaimedError: more media are asked for, and the family takes none.
         """
 
+    def left_padded(self, prompts: Sequence[Inputs]) -> Inputs:
+        """Return prompts as one batch."""
+
 
 @dataclass(frozen=True, eq=False)
 class Answer:
@@ -91,6 +94,10 @@ class Bench:
     def rows(self) -> list[Inputs]:
         """Return prompts of very different lengths, with media where the family takes any."""
         return [self.prompt(seed) for seed in PROMPTS]
+
+    def padded(self, prompts: Sequence[Inputs] | None = None) -> Inputs:
+        """Return prompts, by default those of `rows()`, as one batch, padded on the left."""
+        return self.family.left_padded(self.rows() if prompts is None else prompts)
 
     def prompt(self, seed: int = PROMPTS[0], media: bool = True) -> Inputs:
         """Return the family's prompt of a seed, numbers in the dtype of the model."""
@@ -149,8 +156,9 @@ def token_bytes(model: Any, prompt: Mapping[str, Tensor]) -> float:
     return held / prompt["input_ids"].shape[1]
 
 
-def left_padded(prompts: Sequence[Mapping[str, Tensor]]) -> Inputs:
-    """Return prompts as one batch: what has a number per token is padded on the left with 0, media are joined.
+def left_padded(prompts: Sequence[Mapping[str, Tensor]], joined_last: Collection[str] = ()) -> Inputs:
+    """Return prompts as one batch: what has a number per token is padded on the left with 0, media are joined along
+    their first dimension, those named in `joined_last` along their last.
 
     >>> left_padded([{"input_ids": torch.tensor([[5, 6]])}, {"input_ids": torch.tensor([[7]])}])["input_ids"].tolist()
     [[5, 6], [0, 7]]
@@ -163,7 +171,7 @@ def left_padded(prompts: Sequence[Mapping[str, Tensor]]) -> Inputs:
             if value.shape == prompt["input_ids"].shape:
                 value = torch.nn.functional.pad(value, (short, 0))
             joined.setdefault(name, []).append(value)
-    return {name: torch.cat(values) for name, values in joined.items()}
+    return {name: torch.cat(values, dim=-1 if name in joined_last else 0) for name, values in joined.items()}
 
 
 def require_same_answer(one: Answer, other: Answer, seen: str) -> None:

@@ -4,7 +4,7 @@ prompts for it that are made by hand, media included. Nothing is downloaded, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,9 @@ from transformers import (
 )
 
 from kvcomp.core.registry import registry
+from kvcomp.testing.envelope.bench import Inputs, left_padded
+from kvcomp.testing.envelope.engine import NotClaimedError
 
-Inputs = dict[str, Tensor]
 Configuration = dict[str, Any]
 
 TEXT: Configuration = {
@@ -109,6 +110,8 @@ class Family:
                     weight.mul_(SPREAD)
                 elif weight.ndim > 1:  # a projection that starts at zero would hide the images
                     weight.normal_(std=0.1)
+        assert model.generation_config is not None
+        model.generation_config.suppress_tokens = list(range(ORDINARY[1], TEXT["vocab_size"]))  # an answer has no media
         return model
 
     def prompt(self, seed: int, media: bool = True) -> Inputs:
@@ -131,10 +134,10 @@ class Family:
         more medium where `media` is true.
 
         Raises:
-            ValueError: more media are asked for, and the family takes none.
+            NotClaimedError: more media are asked for, and the family takes none.
         """
         if media and not self.media:
-            raise ValueError(f"{self.name} takes text alone")
+            raise NotClaimedError("the family takes text alone")
         pieces, tensors = [inputs["input_ids"], new], self.tensors_of(inputs)
         if media:
             generator = torch.Generator().manual_seed(77)
@@ -147,22 +150,19 @@ class Family:
         shape = inputs["input_ids"].shape
         return {name: value for name, value in inputs.items() if value.shape != shape}
 
-    def left_padded(self, prompts: list[Inputs]) -> Inputs:
+    def left_padded(self, prompts: Sequence[Inputs]) -> Inputs:
         """Return prompts as one batch: what has a number for each token is padded on the left, media are joined."""
-        width = max(prompt["input_ids"].shape[1] for prompt in prompts)
-        rows: Inputs = {}
-        for name in prompts[0]:
-            if all(prompt[name].shape == prompt["input_ids"].shape for prompt in prompts if name in prompt):
-                padded = [torch.nn.functional.pad(row[name], (width - row[name].shape[1], 0)) for row in prompts]
-                rows[name] = torch.cat(padded)
-        return rows | self._joined([self.tensors_of(prompt) for prompt in prompts])
+        return left_padded(prompts, self._joined_last)
+
+    @property
+    def _joined_last(self) -> set[str]:
+        return {name for medium in self.media for name in medium.joined_last}
 
     def _joined(self, parts: list[Inputs]) -> Inputs:
         """Return the media of several prompts as those of one."""
         names = dict.fromkeys(name for part in parts for name in part)
-        last = {name for medium in self.media for name in medium.joined_last}
         return {
-            name: torch.cat([part[name] for part in parts if name in part], dim=-1 if name in last else 0)
+            name: torch.cat([part[name] for part in parts if name in part], dim=-1 if name in self._joined_last else 0)
             for name in names
         }
 

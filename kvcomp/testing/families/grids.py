@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcomp.testing.families.family import AUDIO, END, IMAGE, START, TEXT, VIDEO, Family, Inputs, Medium
+from kvcomp.testing.envelope.bench import Inputs
+from kvcomp.testing.families.family import AUDIO, END, IMAGE, START, TEXT, VIDEO, Family, Medium
 
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 MARKS: dict[str, Any] = {

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcomp.testing.families.family import END, IMAGE, START, TEXT, Family, Inputs, Medium
+from kvcomp.testing.envelope.bench import Inputs
+from kvcomp.testing.families.family import END, IMAGE, START, TEXT, Family, Medium
 from kvcomp.testing.families.grids import HYBRID, type_labels
 
 SIDE, PATCH = 28, 14  # pixels: two by two patches

@@ -20,7 +20,7 @@ PROMISES: dict[str, Promise] = {
     "earlier-ties": budget.earlier_ties,
     "higher-tiers": budget.higher_tiers,
     "protected-stay": budget.protected_stay,
-    "full-budget": budget.full_budget,
+    "all-kept": budget.all_kept,
     "edges": merging.edges_are_well_formed,
     "modality-rules": merging.modality_rules,
     "locked-pivots": merging.locked_pivots,

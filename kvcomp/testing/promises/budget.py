@@ -119,7 +119,7 @@ def protected_stay(strategy: Strategy, sample: Sample) -> None:
     require_all(seen.kept() | ~seen.protected(), "a protected token must stay")
 
 
-def full_budget(strategy: Strategy, sample: Sample) -> None:
+def all_kept(strategy: Strategy, sample: Sample) -> None:
     """A budget of 1.0 keeps everything: the same keys, values, indices and counts, bit for bit."""
     whole = replace(strategy, budget=Budget.parse(1.0))
     view = view_for(whole, sample)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcomp.testing.envelope.bench import TOLERANCE, Bench, left_padded, require_same_answer
+from kvcomp.testing.envelope.bench import TOLERANCE, Bench, require_same_answer
 from kvcomp.testing.envelope.engine import NotClaimedError
 from kvcomp.testing.envelope.feature import feature
 from kvcomp.testing.failures import require, require_close, require_same
@@ -18,7 +18,7 @@ SEED = 7  # of what is sampled
 @feature("full-budget", quick=True)
 def full_budget(bench: Bench) -> None:
     """A budget of 1.0 gives the stock cache's logits bit for bit; in a padded batch, whose pads go, nearly."""
-    prompt, batch = bench.prompt(), left_padded(bench.rows())
+    prompt, batch = bench.prompt(), bench.padded()
     require_same(bench.answer(prompt, 1.0).logits, bench.stock(prompt).logits, "logits of a prompt at budget 1.0")
     require_same_answer(
         bench.answer(batch, 1.0), bench.stock(batch), "a padded batch at budget 1.0, and of the stock cache"
@@ -29,7 +29,7 @@ def full_budget(bench: Bench) -> None:
 def padded_batch(bench: Bench) -> None:
     """Each row of a left-padded batch gives what it gives alone."""
     rows = bench.rows()
-    together = bench.answer(left_padded(rows))
+    together = bench.answer(bench.padded(rows))
     for place, row in enumerate(rows):
         require_same_answer(together.row(place), bench.answer(row), f"row {place}, in a padded batch and alone")
 
@@ -39,7 +39,7 @@ def beams(bench: Bench) -> None:
     """Beam search gives the beams of the stock cache at budget 1.0, and those of each row alone in a padded batch."""
     long, short, _ = bench.rows()
     require_same(_beams(bench, long, 1.0), bench.stock(long, **BEAMS).ids, "the beams at budget 1.0")
-    together = _beams(bench, left_padded([long, short]))
+    together = _beams(bench, bench.padded([long, short]))
     for place, row in enumerate((long, short)):
         mine = together[place * 2 : place * 2 + 2]
         require_same(mine, _beams(bench, row), f"the beams of row {place}, in a padded batch and alone")
@@ -62,7 +62,7 @@ def samples(bench: Bench) -> None:
 @feature("chosen-rows")
 def chosen_rows(bench: Bench) -> None:
     """A cache whose rows are repeated, reordered and selected goes on like the rows it then holds."""
-    batch = left_padded([bench.prompt(seed, media=False) for seed in (0, 1)])
+    batch = bench.padded([bench.prompt(seed, media=False) for seed in (0, 1)])
     with bench.prefilled(batch) as cache:
         straight = _next_logits(bench, cache, batch, [0, 1])
     with bench.prefilled(batch) as cache:

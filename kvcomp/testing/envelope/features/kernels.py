@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from kvcomp.testing.envelope.bench import Bench, left_padded, require_same_answer
+from kvcomp.testing.envelope.bench import Bench, require_same_answer
 from kvcomp.testing.envelope.engine import NotClaimedError
 from kvcomp.testing.envelope.feature import feature
 from kvcomp.testing.failures import require_all, require_same
@@ -28,7 +28,7 @@ def _with_kernel(bench: Bench, name: str) -> Bench:
 
 def _same_as_sdpa(bench: Bench, name: str) -> None:
     other = _with_kernel(bench, name)
-    for inputs, what in ((bench.prompt(), "a prompt"), (left_padded(bench.rows()), "a padded batch")):
+    for inputs, what in ((bench.prompt(), "a prompt"), (bench.padded(), "a padded batch")):
         require_same_answer(other.answer(inputs), bench.answer(inputs), f"{what} with {name}, and with the default")
 
 
@@ -58,7 +58,7 @@ def flash_attention_2(bench: Bench) -> None:
 
 def _in_dtype(bench: Bench, dtype: torch.dtype) -> None:
     half = Bench.of(bench.engine, bench.family, bench.family.model().to(dtype))
-    require_all(half.answer(left_padded(half.rows())).logits.isfinite(), "logits of a padded batch must be finite")
+    require_all(half.answer(half.padded()).logits.isfinite(), "logits of a padded batch must be finite")
     prompt = half.prompt()
     require_same(half.answer(prompt, 1.0).logits, half.stock(prompt).logits, "logits of a prompt at budget 1.0")
 

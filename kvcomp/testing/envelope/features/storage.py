@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kvcomp.testing.envelope.bench import NEW, Bench, left_padded, require_same_answer
+from kvcomp.testing.envelope.bench import NEW, Bench, require_same_answer
 from kvcomp.testing.envelope.engine import NotClaimedError
 from kvcomp.testing.envelope.feature import feature
 from kvcomp.testing.failures import require
@@ -50,7 +50,7 @@ def padded_bytes(bench: Bench) -> None:
     """The pads of a batch take no bytes: its storages hold no more than was asked for the tokens of its rows."""
     rows = bench.rows()[:2]
     tokens = sum(int(row["attention_mask"].sum()) for row in rows)
-    with bench.prefilled(left_padded(rows)) as cache:
+    with bench.prefilled(bench.padded(rows)) as cache:
         require_bytes(bench, cache, tokens, "a padded batch", decoded=0, floor=False)
 
 
