@@ -8,19 +8,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from kvcomp.core.errors import InputError, UnsupportedModelError, UnsupportedUseError
+from kvcomp.core.errors import UnsupportedModelError, UnsupportedUseError
 from kvcomp.core.strategy import Strategy
-from kvcomp.core.types import LayerView, Scores
 from kvcomp.runtime.adapter import ModelAdapter
 from kvcomp.runtime.compression import LayerCompression
-from kvcomp.runtime.fixed import check_steady
+from kvcomp.runtime.fixed import check_reserve, check_steady
+from kvcomp.runtime.incoming import check_attended, check_incoming, check_positions, check_room, new_token_count
 from kvcomp.runtime.layer import NO_DRAFTS, CompressedCacheLayer
-from kvcomp.runtime.report import Report, report_layer, storage_bytes
+from kvcomp.runtime.report import Report, report_layers
 from kvcomp.runtime.rotary import RotaryColumns
+from kvcomp.runtime.schedule import Schedule
 from kvcomp.runtime.second_pass import fed_tokens, second_pass
 from kvcomp.runtime.snapshots import Snapshot
 from kvcomp.runtime.trace import Watcher
@@ -63,10 +63,7 @@ class CompressedCache(Cache):
         compiled: bool = False,
         watcher: Watcher | None = None,
     ) -> None:
-        if reserve is not None and (type(reserve) is not int or reserve < 1):
-            raise InputError(f"reserve must be a whole number of slots, at least 1, got {reserve!r}")
-        if compiled and reserve is None:
-            raise InputError("compiled=True needs reserve, the number of tokens to decode at most, got reserve=None")
+        check_reserve(reserve, compiled=compiled)
         stock = DynamicCache(config=config).layers
         full = [number for number, layer in enumerate(stock) if type(layer) is DynamicLayer]
         if not full:
@@ -97,7 +94,7 @@ class CompressedCache(Cache):
         self._positions: Tensor | None = None
         self._noted = False  # whether the inputs of the forward under way are known
         self._under_way = False  # whether the text model, or a compression, has begun and not ended
-        self._waiting: list[tuple[LayerCompression, LayerView, Scores]] = []
+        self._schedule = Schedule(strategy)
         self._repeats = any(observation.repeat() for observation in self.observations)
         self.fed: tuple[Tensor, ...] = ()  # what a second pass feeds again
         super().__init__(layers=[self.compressed_layers.get(number, layer) for number, layer in enumerate(stock)])
@@ -120,7 +117,7 @@ class CompressedCache(Cache):
             self._repeat(pending)
             self.fed = ()
         for layer in pending.values():
-            self._compress(layer)
+            self._schedule.compress(layer)
         self._under_way = within
         if self.compiled and pending and not within:
             self._fix()
@@ -245,22 +242,7 @@ class CompressedCache(Cache):
             UnsupportedUseError: a compiled model decoded more tokens than there was room for.
         """
         self._catch_up()
-        layers = tuple(report_layer(number, layer) for number, layer in self.compressed_layers.items())
-        storages = sum(layer.storage.nbytes() for layer in self.compressed_layers.values())
-        allocated = sum(layer.allocated_bytes for layer in layers)
-        return Report(
-            recipe=self.strategy.name,
-            budget="1" if self.strategy.ignores_budget else str(self.strategy.budget),
-            turns=self.strategy.turns,
-            trigger=str(self.strategy.trigger),
-            layers=layers,
-            untouched=tuple(number for number in range(len(self.layers)) if number not in self.compressed_layers),
-            allocated_bytes=allocated,
-            reserved_bytes=storages - allocated,
-            bookkeeping_bytes=storage_bytes(self._bookkeeping()),
-            full_bytes=sum(layer.full_bytes for layer in layers),
-            seconds=sum(layer.seconds for layer in self.compressed_layers.values()),
-        )
+        return report_layers(self.strategy, self.compressed_layers, len(self.layers))
 
     # --- called by the session's hooks and by the layers ---
 
@@ -291,7 +273,7 @@ class CompressedCache(Cache):
         positions = inputs.get("position_ids")
         if positions is not None:
             positions = positions[None] if positions.dim() == 2 else positions[-3:]
-            self._check_positions(positions)
+            check_positions(positions, next(iter(self.compressed_layers.values())).upcoming_positions())
         self._positions = positions
         self._under_way = True
         if new_token_count(inputs) == 1:
@@ -340,15 +322,7 @@ class CompressedCache(Cache):
         """
         for layer in self.compressed_layers.values():
             layer.catch_up()
-        self.check_room()
-
-    def check_room(self) -> None:
-        """Raise where decoded tokens found no room."""
-        if lost := max(layer.lost for layer in self.compressed_layers.values()):
-            raise UnsupportedUseError(
-                f"reserve must be at least the number of tokens that are decoded, got reserve={self.reserve}, and "
-                f"{lost} tokens found no room, so that what was generated since is wrong; reserve more or generate less"
-            )
+        check_room(self.compressed_layers, self.reserve)
 
     def _check_ended(self) -> None:
         """Raise where a forward was interrupted between two layers."""
@@ -362,68 +336,30 @@ class CompressedCache(Cache):
         """Raise where a forward cannot go on from what the cache has seen."""
         self.loosen()
         self._check_ended()
-        given = _given(inputs)
-        if given is None:
-            return
-        batch, new = given.shape[:2]
-        if not new:
-            raise InputError(f"a prompt must have at least one token, got inputs of shape {tuple(given.shape)}")
-        if self.serves and self.used and new > 1:
-            raise UnsupportedUseError(
-                "a shared cache reads its prompt in one forward, and this is a second; restore its snapshot in a cache "
-                "of session.cache(strategy), and go on with that"
-            )
-        held = len(next(iter(self.compressed_layers.values())).tokens)
-        if self.used and batch != held:
-            raise UnsupportedUseError(
-                f"the batch must stay as large as it is: the cache holds {held} rows, and {batch} were given; call "
-                "cache.batch_repeat_interleave or cache.batch_select_indices first, or use a new cache"
-            )
-        mask, expected = inputs.get("attention_mask"), self.get_seq_length() + new
-        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] != expected:
-            raise UnsupportedUseError(
-                f"the attention mask covers {mask.shape[1]} tokens, and the cache will have seen {expected} with the "
-                "new ones; a cache belongs to one conversation, so use a new one for another prompt"
-            )
+        rows = len(next(iter(self.compressed_layers.values())).tokens) if self.used else None
+        check_incoming(inputs, rows, self.get_seq_length(), shared=bool(self.serves))
 
     def _forget_forward(self) -> None:
         """Forget what is held only while a forward is under way."""
         self._modality = self._positions = None
         self._noted = self._under_way = False
-        self._waiting.clear()
-
-    def _check_positions(self, positions: Tensor) -> None:
-        """Raise where several new tokens all lie before what the cache has seen: they belong to another prompt."""
-        upcoming = next(iter(self.compressed_layers.values())).upcoming_positions()
-        if upcoming is None or positions.shape[-1] == 1:
-            return
-        if bool(
-            (positions.amax(dim=(0, 2)).to(upcoming.device) < upcoming.amax(dim=0)).all()
-        ):  # one sync per later turn
-            raise UnsupportedUseError(
-                "the new tokens stand before the end of what the cache has seen; a cache belongs to one conversation, "
-                "so use a new one for another prompt"
-            )
+        self._schedule.forget()
 
     def forward_ended(self) -> None:
-        """Forget the inputs of this forward, and check that every layer's attention went through kvcomp.
+        """Forget the inputs of this forward, and check that all its tokens have reached every layer.
 
         Raises:
             UnsupportedModelError: keys were cached that no attention function of kvcomp saw.
+            UnsupportedUseError: a compiled model decoded more tokens than there was room for.
         """
         self._modality = self._positions = None
         self._noted = False
-        self.check_attended()
-        self.check_room()
+        self.check_sound()
 
-    def check_attended(self) -> None:
-        """Raise where keys were cached that no attention function of kvcomp saw."""
-        missed = [number for number, layer in self.compressed_layers.items() if layer.arrived]
-        if missed:
-            raise UnsupportedModelError(
-                f"layers {missed} cached keys that no attention function of kvcomp saw: the model's attention does not "
-                "go through transformers' AttentionInterface, or it is not the model that the cache was made for"
-            )
+    def check_sound(self) -> None:
+        """Raise where keys were cached that no attention function of kvcomp saw, or decoded tokens found no room."""
+        check_attended(self.compressed_layers)
+        check_room(self.compressed_layers, self.reserve)
 
     def check_in_use(self) -> None:
         """Raise where the model no longer runs kvcomp's attention function."""
@@ -444,57 +380,9 @@ class CompressedCache(Cache):
         if self._repeats or self.serves:
             layer.observe()
         else:
-            self._compress(layer)
-
-    def _compress(self, layer: LayerCompression) -> None:
-        prepared = layer.prepare()
-        if self.strategy.allocator.scope == "layer":
-            if prepared is not None:
-                layer.trim()
-            return
-        if prepared is not None:
-            self._waiting.append((layer, *prepared))
-        if layer.number == layer.layers - 1 and self._waiting:
-            self._trim_together()
+            self._schedule.compress(layer)
 
     def compress_decoded(self, layer: LayerCompression) -> None:
-        """Compress all layers again once the last one's attention has seen a decoded token, where the trigger says
-        so: a budget is of all layers, which may share it unevenly.
-        """
-        if layer.number < layer.layers - 1:
-            return
-        layers = list(self.compressed_layers.values())
-        due = self._is_due(layers)
-        for member in layers:
-            if due:
-                self._compress(member)
-            else:
-                member.fold()
-
-    def _is_due(self, layers: list[CompressedCacheLayer]) -> bool:
-        if self.strategy.trigger.every is not None:
-            return layers[0].steps >= self.strategy.trigger.every
-        return bool((torch.stack([layer.excess() for layer in layers]).sum(dim=0) > 0).any())
-
-    def _trim_together(self) -> None:
-        layers, views, scores = zip(*self._waiting, strict=True)
-        self._waiting.clear()
-        together = self.strategy.together(views, scores)
-        allotted = self.strategy.allocate(layers[0].share(), views, together)
-        for layer, slots, seen in zip(layers, allotted, together, strict=True):
-            layer.trim(slots, seen)
-
-    def _bookkeeping(self) -> list[Tensor]:
-        return [tensor for layer in self.compressed_layers.values() for tensor in layer.bookkeeping()]
-
-
-def _given(inputs: Mapping[str, Any]) -> Tensor | None:
-    """Return what stands for the tokens of a forward, `(batch, tokens, ...)`, None where that cannot be told."""
-    ids = inputs.get("input_ids")
-    return inputs.get("inputs_embeds") if ids is None else ids
-
-
-def new_token_count(inputs: Mapping[str, Any]) -> int | None:
-    """Return how many tokens a forward is given, None where that cannot be told."""
-    given = _given(inputs)
-    return None if given is None else int(given.shape[1])
+        """Compress all layers again, where the trigger says so, once the last one has seen a decoded token."""
+        if layer.number == layer.layers - 1:
+            self._schedule.compress_decoded(list(self.compressed_layers.values()))

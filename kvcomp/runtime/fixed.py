@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvcomp.core.errors import UnsupportedModelError, UnsupportedUseError
+from kvcomp.core.errors import InputError, UnsupportedModelError, UnsupportedUseError
 from kvcomp.core.packed import PackedSlots
 from kvcomp.core.storage import SlotStorage, SteadyStorage
 from kvcomp.core.strategy import Strategy
@@ -179,6 +179,18 @@ def _places(slots: PackedSlots, capacity: int) -> Tensor:
     places = torch.where(axis < layout.width, axis, axis - layout.width + lengths)
     places = torch.where((axis >= lengths) & (axis < layout.width), 0, places) + starts
     return places.view(-1, layout.kv_heads, capacity)
+
+
+def check_reserve(reserve: int | None, *, compiled: bool) -> None:
+    """Raise where `reserve` cannot be taken as room for tokens to come.
+
+    Raises:
+        InputError: it is no whole number of at least 1, or missing where slots lie at fixed addresses.
+    """
+    if reserve is not None and (type(reserve) is not int or reserve < 1):
+        raise InputError(f"reserve must be a whole number of slots, at least 1, got {reserve!r}")
+    if compiled and reserve is None:
+        raise InputError("compiled=True needs reserve, the number of tokens to decode at most, got reserve=None")
 
 
 def check_steady(strategy: Strategy, storages: Sequence[SlotStorage], others: int, *, defer: bool) -> None:

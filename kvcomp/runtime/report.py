@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from kvcomp.core.strategy import Strategy
 from kvcomp.runtime.layer import CompressedCacheLayer
 
 
@@ -93,6 +94,32 @@ class Report:
             rows = (layer.slots, layer.tokens, layer.merged, layer.evicted, layer.rho)
             table.add_row(str(layer.layer), *(_join(values) for values in rows), _size(layer.allocated_bytes))
         return table
+
+
+def report_layers(strategy: Strategy, compressed: Mapping[int, CompressedCacheLayer], num_layers: int) -> Report:
+    """Return what the compressed layers of a cache hold.
+
+    Args:
+        strategy: of the cache.
+        compressed: the layers by their number in the model.
+        num_layers: of the cache, those that are left alone included.
+    """
+    layers = tuple(report_layer(number, layer) for number, layer in compressed.items())
+    held = sum(layer.storage.nbytes() for layer in compressed.values())
+    allocated = sum(layer.allocated_bytes for layer in layers)
+    return Report(
+        recipe=strategy.name,
+        budget="1" if strategy.ignores_budget else str(strategy.budget),
+        turns=strategy.turns,
+        trigger=str(strategy.trigger),
+        layers=layers,
+        untouched=tuple(number for number in range(num_layers) if number not in compressed),
+        allocated_bytes=allocated,
+        reserved_bytes=held - allocated,
+        bookkeeping_bytes=storage_bytes(tensor for layer in compressed.values() for tensor in layer.bookkeeping()),
+        full_bytes=sum(layer.full_bytes for layer in layers),
+        seconds=sum(layer.seconds for layer in compressed.values()),
+    )
 
 
 def report_layer(number: int, layer: CompressedCacheLayer) -> LayerReport:

@@ -20,8 +20,9 @@ from kvcomp.core.ignored import warn_of_ignored
 from kvcomp.core.strategy import Strategy
 from kvcomp.runtime import attention, flex
 from kvcomp.runtime.adapter import adapter_for
-from kvcomp.runtime.cache import CompressedCache, new_token_count
+from kvcomp.runtime.cache import CompressedCache
 from kvcomp.runtime.files import fill_cache, saved_strategy
+from kvcomp.runtime.incoming import new_token_count
 from kvcomp.runtime.rotary import attention_modules
 from kvcomp.runtime.trace import Watcher
 
@@ -208,8 +209,7 @@ def compress(
         yield cache
     finally:
         session.detach()
-    cache.check_attended()
-    cache.check_room()
+    cache.check_sound()
     if not cache.used:
         warnings.warn(
             "the cache of compress() was never used; pass it to the model: model.generate(..., past_key_values=cache)",
