@@ -8,7 +8,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from kvcomp.lab.results import Configuration, Planned, Result, ResultsWriter, Study, read_study
+from kvcomp.lab.database import ResultsWriter, read_study
+from kvcomp.lab.results import Configuration, Planned, Result, Study
 
 BUDGETS = (0.1, 0.2, 0.5)
 LAYERS = 4

@@ -13,10 +13,11 @@ import torch
 import yaml
 from docstrings import attributes, default_of, one_line, prose
 from kvcomp.core.about import About
+from kvcomp.core.composition import trigger_conflicts
 from kvcomp.core.config import DEFAULT_PARTS, recipe_document
 from kvcomp.core.interfaces import Part
 from kvcomp.core.registry import Entry, registry
-from kvcomp.core.strategy import Strategy, trigger_conflicts
+from kvcomp.core.strategy import Strategy
 from kvcomp.core.trigger import Trigger
 from kvcomp.core.types import SlotForm
 

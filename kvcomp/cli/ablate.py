@@ -20,11 +20,11 @@ from kvcomp.cli.terminal import emit_json, emit_table
 from kvcomp.cli.testbeds import TESTBED, find_folder, find_tasks
 from kvcomp.core.errors import ConfigError, InputError, KVCompError, ResultsError
 from kvcomp.lab.ablation import AblationFile, ModelSpec, make_variants, read_file
+from kvcomp.lab.database import ResultsWriter, holds_results
 from kvcomp.lab.engines import Engine, Inline, Processes
 from kvcomp.lab.jobs import ModelSource
 from kvcomp.lab.milebench.source import TaskFolder, is_task_folder
 from kvcomp.lab.plan import Plan, make_plan
-from kvcomp.lab.results import ResultsWriter, holds_results
 from kvcomp.lab.studies import find_study, study_names
 from kvcomp.lab.sweep import OnStep, Progress, changes, estimate, sweep
 from kvcomp.lab.tasks import Task

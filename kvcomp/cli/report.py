@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from kvcomp.cli.terminal import emit_json, emit_table, progress
+from kvcomp.lab.database import read_study
 from kvcomp.lab.reporting import Written, write_report
 from kvcomp.lab.reporting.tables import Entry, Table
 from kvcomp.lab.reporting.texts import plain
-from kvcomp.lab.results import read_study
 
 MARKS = {1: " ▲", -1: " ▼", 0: "  "}
 

@@ -9,11 +9,12 @@ from typing import Any
 import yaml
 
 from kvcomp.core.budget import Budget
+from kvcomp.core.composition import conflicts, trigger_conflicts
 from kvcomp.core.errors import BudgetError, ConfigError, InputError, UnknownNameError, suggest
 from kvcomp.core.interfaces import PART_KINDS, Part
 from kvcomp.core.making import make_part, with_field
 from kvcomp.core.registry import registry
-from kvcomp.core.strategy import Strategy, conflicts, trigger_conflicts
+from kvcomp.core.strategy import Strategy
 from kvcomp.core.trigger import PREFILL_END, Trigger
 
 PART_KEYS = tuple(kind for kind in PART_KINDS if kind != "observation")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 
+from kvcomp.core.composition import working
 from kvcomp.core.config import DEFAULT_PARTS
 from kvcomp.core.errors import IgnoredSettingWarning
 from kvcomp.core.interfaces import Part
-from kvcomp.core.strategy import Strategy, working
+from kvcomp.core.strategy import Strategy
 
 
 def ignored_settings(strategy: Strategy) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.core.budget import Budget
+from kvcomp.core.composition import conflicts, trigger_conflicts, working
 from kvcomp.core.errors import BudgetError, ConfigError, UnsupportedUseError
 from kvcomp.core.interfaces import (
     BudgetAllocator,
@@ -23,6 +23,7 @@ from kvcomp.core.interfaces import (
     Scorer,
     Store,
 )
+from kvcomp.core.shrinking import affordable_slots, smallest_ratio
 from kvcomp.core.stages import stage
 from kvcomp.core.trigger import PREFILL_END, Trigger
 from kvcomp.core.types import Assignment, CompressedLayer, Guide, LayerView, MergePlan, Pivots, Scores, SlotForm
@@ -120,7 +121,7 @@ class Strategy:
             return tokens
         if not (self.store.evicts or (self.store.shrinks and self.budget.bytes is not None)):
             return self.budget.slots(tokens, form.heads * form.slot_bytes)
-        return self._affordable(tokens, form)
+        return affordable_slots(self.budget, self.store, tokens, form, even=self.allocator.even)
 
     def limit(self, tokens: Tensor, form: SlotForm) -> Tensor:
         """Return the bytes that keys and values of each row may take over all layers, `(batch,)` int64 on the CPU.
@@ -134,7 +135,7 @@ class Strategy:
         limit = self.budget.nbytes(tokens, full)
         needed = self.store.smallest(tokens, form)
         if self.selector is None and bool((needed > limit).any()):
-            smallest = max(_upward(need, count * full) for need, count in zip(needed, tokens, strict=True))
+            smallest = max(smallest_ratio(need, count * full) for need, count in zip(needed, tokens, strict=True))
             raise BudgetError(
                 f"recipe {self.name!r} keeps every token, and store {self.store.use!r} cannot hold {tokens.tolist()} "
                 f"tokens in {limit.tolist()} bytes; the smallest budget is {smallest:.6g}, or let the recipe evict "
@@ -168,6 +169,20 @@ class Strategy:
     def together(self, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Sequence[Scores]:
         """Return the scores of all layers of a model as the scorer sees them together."""
         return scores if self.scorer is None else self.scorer.together(layers, scores)
+
+    def for_slots(self, layer: LayerView, scores: Scores, slots: Tensor) -> Scores:
+        """Return the scores with tiers and protection for what was allotted, `(batch, kv_heads)`; where that is too
+        little for what is protected, the latest win.
+        """
+        if self.scorer is None:
+            return scores
+        if not self.scorer.protects_by_share:
+            wanted = self.scorer.protect(layer, slots)
+            protected = torch.zeros_like(layer.valid) if wanted is None else wanted & layer.valid
+            scores = replace(scores, protected=protected, tiers=self.scorer.tiers(layer, slots))
+        from_end = scores.protected.flip(-1).cumsum(-1).flip(-1)  # 1 at the latest protected token
+        fits = from_end <= slots.to(from_end.device)[..., None]
+        return replace(scores, protected=scores.protected & fits)
 
     @stage("select")
     def allocate(self, slots: Tensor, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Tensor:
@@ -258,24 +273,6 @@ class Strategy:
         importance = scores.values.masked_fill(scores.protected, float("inf"))
         return Guide(limit, plan.pivots.gather(importance), layer.observations)
 
-    def _affordable(self, tokens: Tensor, form: SlotForm) -> Tensor:
-        """Return the most slots of each row that the store can hold in the budget's bytes, however they are divided."""
-        counts = torch.arange(1, int(tokens.max()) + 1)
-        sizes = self.store.smallest(counts, form)
-        limit = self.budget.nbytes(tokens, form.heads * form.slot_bytes)
-        rows = []
-        for most, room in zip(tokens.tolist(), limit.tolist(), strict=True):
-            needed = sizes[:most] if self.allocator.even else concave(sizes[:most])
-            rows.append((counts[:most] * (needed <= room)).max())
-        slots = torch.stack(rows)
-        if self.budget.bytes is not None and int(slots.min()) == 0:
-            raise BudgetError(
-                f"a budget of {self.budget.bytes} bytes is below one slot per KV head and layer, which takes "
-                f"{int(sizes[0])} bytes in this model; ask for at least that",
-                smallest=_upward(sizes[0], tokens.min() * form.heads * form.slot_bytes),
-            )
-        return slots.clamp(min=1)
-
     def _check_observed(self, layer: LayerView) -> None:
         missing = [seen.use for seen in self.observations if seen not in layer.observations]
         if missing:
@@ -294,98 +291,6 @@ class Strategy:
     def _share(self, layer: LayerView) -> Tensor:
         return self.slots(layer.valid.sum(dim=-1).amax(dim=-1).cpu(), layer.form)
 
-    def for_slots(self, layer: LayerView, scores: Scores, slots: Tensor) -> Scores:
-        """Return the scores with tiers and protection for what was allotted, `(batch, kv_heads)`; where that is too
-        little for what is protected, the latest win.
-        """
-        if self.scorer is None:
-            return scores
-        if not self.scorer.protects_by_share:
-            wanted = self.scorer.protect(layer, slots)
-            protected = torch.zeros_like(layer.valid) if wanted is None else wanted & layer.valid
-            scores = replace(scores, protected=protected, tiers=self.scorer.tiers(layer, slots))
-        from_end = scores.protected.flip(-1).cumsum(-1).flip(-1)  # 1 at the latest protected token
-        fits = from_end <= slots.to(from_end.device)[..., None]
-        return replace(scores, protected=scores.protected & fits)
-
-
-def working(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """Return the parts that have something to do: without a selector the store, and the scorer if that needs one."""
-    stores = tuple(part for part in parts if isinstance(part, Store))
-    if any(isinstance(part, PivotSelector) for part in parts):
-        return tuple(parts)
-    needed = frozenset().union(*(store.requires for store in stores))
-    return (*(part for part in parts if isinstance(part, Scorer) and part.provides & needed), *stores)
-
-
-def conflicts(parts: Sequence[Part]) -> list[str]:
-    """Return a fault for every part, also inside another, that requires what no part of the pipeline provides, and for
-    a store that needs a selector or can do with none.
-    """
-    members = [member for part in working(parts) for member in part.family()]
-    provided = frozenset().union(*(part.provides for part in members))
-    return _store_conflicts(parts) + [
-        f"{part.kind}: {part.use!r} needs {need}, which no part of this pipeline provides"
-        for part in members
-        for need in sorted(part.requires - provided)
-    ]
-
-
-def trigger_conflicts(parts: Sequence[Part], trigger: Trigger, turns: str) -> list[str]:
-    """Return a fault for everything that cannot go together with compressing while tokens are decoded."""
-    if not trigger.decoding:
-        return []
-    members = [member for part in working(parts) for member in (*part.family(), *part.observations())]
-    faults = [
-        f"trigger: {part.kind} {part.use!r} cannot compress again while tokens are decoded: {part.prefill_only}"
-        for part in dict.fromkeys(members)
-        if part.prefill_only
-    ]
-    if turns == "append":
-        faults.append(f"trigger: {trigger} compresses what turns: append says must stay; choose one of them")
-    return faults
-
-
-def _store_conflicts(parts: Sequence[Part]) -> list[str]:
-    selects = any(isinstance(part, PivotSelector) for part in parts)
-    faults = []
-    for store in (part for part in parts if isinstance(part, Store)):
-        if store.evicts and not selects:
-            faults.append(f"store: {store.use!r} with `evict: true` needs a scorer and a selector that say what goes")
-        if selects and store.fits and not store.evicts:
-            faults.append(
-                f"store: {store.use!r} keeps every token in the budget's bytes; beside a selector it must be told how "
-                "precise it is (`bits: 2`) or to evict what does not fit (`evict: true`), if it has such settings"
-            )
-    return faults
-
-
-def concave(sizes: Tensor) -> Tensor:
-    """Return the most that heads of 1, 2, ... slots can take on average, if `sizes` `(slots,)` is what a head takes.
-
-    This is the least concave majorant: however a number of slots is divided among heads, their mean size is below it.
-
-    >>> concave(torch.tensor([1, 5, 6, 7])).tolist()
-    [3, 5, 6, 7]
-    """
-    hull = [(0, 0)]
-    for count, size in enumerate(sizes.tolist(), start=1):
-        while len(hull) > 1 and _below(hull[-2], hull[-1], (count, size)):
-            hull.pop()
-        hull.append((count, size))
-    steps = [
-        low + -((low - high) * (place - start) // (end - start))  # rounded up
-        for (start, low), (end, high) in itertools.pairwise(hull)
-        for place in range(start + 1, end + 1)
-    ]
-    return torch.tensor(steps)
-
-
-def _below(first: tuple[int, int], middle: tuple[int, int], last: tuple[int, int]) -> bool:
-    """Return whether the middle point is not above the line between the others."""
-    rise, run = last[1] - first[1], last[0] - first[0]
-    return (middle[1] - first[1]) * run <= rise * (middle[0] - first[0])
-
 
 def _nothing_goes(layer: LayerView, pivots: Pivots) -> bool:
     return pivots.mask is None and pivots.indices.shape[2] == layer.shape[2]
@@ -400,8 +305,3 @@ def _everything(layer: LayerView, rho: Tensor) -> MergePlan:
     pivots = Pivots(order) if bool(filled.all()) else Pivots(order.masked_fill(~filled, 0), filled)
     none = order[..., :0]
     return MergePlan(pivots, Assignment(none, none[..., None], none[..., None].float()), rho)
-
-
-def _upward(part: Tensor, whole: Tensor) -> float:
-    """Return a share, rounded up to six decimals."""
-    return -(-int(part) * 10**6 // int(whole)) / 10**6

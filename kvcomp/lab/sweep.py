@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvcomp.core.errors import ResultsError
+from kvcomp.lab.database import ResultsWriter, holds_results, read_study
 from kvcomp.lab.engines import Engine
 from kvcomp.lab.jobs import Job, Skipped, Worker
 from kvcomp.lab.plan import Plan
 from kvcomp.lab.provenance import differences
-from kvcomp.lab.results import Result, ResultsWriter, holds_results, read_study
+from kvcomp.lab.results import Result
 
 PROBED = 4  # configurations that an estimate answers under
 

@@ -24,10 +24,10 @@ from kvcomp.core.errors import ConfigError, ResultsError, WorkerError
 from kvcomp.lab.ablation import in_mode
 from kvcomp.lab.batches import QueryMode
 from kvcomp.lab.controls import find_method
+from kvcomp.lab.database import ResultsWriter, read_study
 from kvcomp.lab.engines import Inline, Processes
 from kvcomp.lab.evaluation import Evaluation
 from kvcomp.lab.jobs import Worker
-from kvcomp.lab.results import ResultsWriter, read_study
 from kvcomp.lab.sweep import sweep
 from kvcomp.lab.testbed import load_testbed
 from kvcomp.lab.threads import torch_threads

@@ -10,7 +10,7 @@ from synthetic_results import synthetic_configurations, write_synthetic
 from typer.testing import CliRunner
 
 from kvcomp.cli import app
-from kvcomp.lab.results import CSV_COLUMNS
+from kvcomp.lab.reporting.exports import CSV_COLUMNS
 
 
 def report(*arguments: object):

@@ -16,7 +16,7 @@ from inference import STRATEGIES as OWN_BUDGETS
 from models import image_inputs, text_inputs, tiny_llama, tiny_qwen_vl
 
 import kvcomp
-from kvcomp.core.strategy import trigger_conflicts
+from kvcomp.core.composition import trigger_conflicts
 from kvcomp.core.trigger import Trigger
 
 ROWS = left_padded([text_inputs(tokens, seed=tokens)["input_ids"] for tokens in (70, 60)])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,10 +11,11 @@ from typing import Any
 
 from kvcomp.core.errors import ResultsError
 from kvcomp.lab.plots import write_png
+from kvcomp.lab.reporting.exports import has_pyarrow, write_csv, write_parquet
 from kvcomp.lab.reporting.findings import Findings, find
 from kvcomp.lab.reporting.forms import to_latex, to_markdown
 from kvcomp.lab.reporting.web import to_html
-from kvcomp.lab.results import CSV_COLUMNS, Study, write_csv
+from kvcomp.lab.results import Study
 
 PAGE, MARKDOWN, LATEX, TABLE, PARQUET, TESTS = (
     "report.html",
@@ -27,11 +26,6 @@ PAGE, MARKDOWN, LATEX, TABLE, PARQUET, TESTS = (
     "comparisons.csv",
 )
 FIGURES = "figures"
-INTEGERS = ("seed", "sample", "exact_match", "prompt_tokens", "new_tokens")
-TEXTS = (
-    *("model", "task", "query_mode", "strategy", "budget", "prediction", "reference"),
-    *("metric", "settings", "rho", "retention"),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +77,7 @@ def _files(findings: Findings) -> Iterator[tuple[str, Callable[[Path], object]]]
     """Yield the name of each file and what writes it, the page last."""
     yield TABLE, partial(write_csv, findings.study.results)
     if has_pyarrow():
-        yield PARQUET, partial(write_parquet, findings.study)
+        yield PARQUET, partial(write_parquet, findings.study.results)
     yield TESTS, partial(_write_rows, findings.comparisons)
     for plot in findings.plots:
         yield f"{FIGURES}/{plot.name}.csv", partial(_write_rows, plot.rows)
@@ -94,29 +88,6 @@ def _files(findings: Findings) -> Iterator[tuple[str, Callable[[Path], object]]]
 
 def _write_text(render: Callable[[Findings], str], findings: Findings, path: Path) -> None:
     path.write_text(render(findings), encoding="utf-8")
-
-
-def has_pyarrow() -> bool:
-    """Return whether Parquet files can be written."""
-    return importlib.util.find_spec("pyarrow") is not None
-
-
-def write_parquet(study: Study, path: Path) -> None:
-    """Write all results as a Parquet file, in the columns of `results.csv`; budgets are texts: not all are ratios."""
-    arrow: Any = importlib.import_module("pyarrow")
-    parquet: Any = importlib.import_module("pyarrow.parquet")
-    rows = [result.row() for result in study.results]
-    columns = {name: [_typed(name, row[name]) for row in rows] for name in CSV_COLUMNS}
-    schema = arrow.schema([(name, _arrow_type(arrow, name)) for name in CSV_COLUMNS])
-    parquet.write_table(arrow.table(columns, schema=schema), path)
-
-
-def _typed(name: str, value: Any) -> Any:
-    return None if value is None else str(value) if name in TEXTS else value
-
-
-def _arrow_type(arrow: Any, name: str) -> Any:
-    return arrow.int64() if name in INTEGERS else arrow.string() if name in TEXTS else arrow.float64()
 
 
 def _write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcomp.core.strategy import Strategy, working
+from kvcomp.core.composition import working
+from kvcomp.core.strategy import Strategy
 from kvcomp.core.types import CompressedLayer
 from kvcomp.testing.failures import require, require_all, require_close, require_same
 from kvcomp.testing.runs import Run, run, run_view, view_for

@@ -13,7 +13,8 @@ from kvcomp_strategies.stores.quantized import QuantizedStore
 
 import kvcomp
 from kvcomp import Budget, BudgetError, SlotForm
-from kvcomp.core.strategy import concave, working
+from kvcomp.core.composition import working
+from kvcomp.core.shrinking import concave
 from kvcomp.testing import make_sample, view_for
 
 FORM = SlotForm(layers=3, kv_heads=2, key_dim=8, value_dim=8, itemsize=4)

@@ -133,9 +133,9 @@ def test_a_full_disk_loses_nothing_that_was_written(tmp_path: Path) -> None:
 
 def test_a_folder_that_takes_no_new_file_is_named_and_can_be_read(tmp_path: Path) -> None:
     write_synthetic(tmp_path, samples=1)
-    for left in tmp_path.glob(f"{FILE}-*"):
-        left.unlink()
-    (tmp_path / f"{FILE}-shm").mkdir()  # in the way of what SQLite makes: a read-only folder is none to root
+    for name in (f"{FILE}-shm", f"{FILE}-wal"):  # in the way of what SQLite makes, as root may write to any folder
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).symlink_to("nowhere")
     assert read_study(tmp_path).results
     with pytest.raises(ResultsError, match="cannot be written"):
         ResultsWriter(tmp_path)
