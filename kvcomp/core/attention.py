@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -79,26 +78,25 @@ def observe(inputs: AttentionInputs, observations: Iterable[Observation]) -> dic
 
 def _blocks(inputs: AttentionInputs, keys: Tensor, rows: Tensor | None, queries_only: bool) -> Iterator[AttentionBlock]:
     batch, heads, new, _ = inputs.queries.shape
-    tokens = keys.shape[3]
+    tokens, on_cpu = keys.shape[3], keys.device.type == "cpu"
     wanted = torch.arange(new, device=keys.device).expand(batch, new) if rows is None else rows
-    elements = BLOCK_ELEMENTS if keys.device.type == "cpu" else BLOCK_ELEMENTS_ACCELERATOR
+    elements = BLOCK_ELEMENTS if on_cpu else BLOCK_ELEMENTS_ACCELERATOR
     size = max(1, elements // (batch * heads * tokens))
     for start in range(0, wanted.shape[1], size):
         chunk = wanted[:, start : start + size]
         queried = chunk.clamp(min=0)
         valid = (chunk >= 0) & inputs.query_valid.gather(1, queried)
-        seen = tokens
-        if rows is None and inputs.mask is None:  # causal: the new tokens are the last of the keys, in order
-            seen = tokens - new + min(start + size, new)
+        span = _span(inputs, queried, start if rows is None else None)
         index = queried[:, None, :, None].expand(-1, heads, -1, inputs.queries.shape[3])
         queries = inputs.queries.gather(2, index)
         if queries_only:
-            probs, seen = queries.new_empty(*queries.shape[:3], 0, dtype=torch.float32), tokens
+            probs = queries.new_empty(*queries.shape[:3], 0, dtype=torch.float32)
         else:
-            probs = _probabilities(inputs, keys[..., :seen], queries, queried)
-            probs = probs.masked_fill_(~valid[:, None, :, None], 0.0)
+            probs = _probabilities(inputs, keys, queries, queried, span)
+            if not (on_cpu and bool(valid.all())):  # elsewhere a look would wait for the device
+                probs = probs.masked_fill_(~valid[:, None, :, None], 0.0)
         yield AttentionBlock(
-            probs=F.pad(probs, (0, tokens - seen)) if seen < tokens else probs,
+            leading=probs,
             rows=chunk,
             row_modality=inputs.query_modality.gather(1, queried),
             row_valid=valid,
@@ -110,38 +108,58 @@ def _blocks(inputs: AttentionInputs, keys: Tensor, rows: Tensor | None, queries_
         )
 
 
-def _probabilities(inputs: AttentionInputs, keys: Tensor, queries: Tensor, rows: Tensor) -> Tensor:
-    """Return the softmax of these query rows over the first keys, `(batch, heads, rows, keys)` float32.
+def _span(inputs: AttentionInputs, queried: Tensor, start: int | None) -> slice:
+    """Return which keys are hidden from some of these queries and seen by others: all before are seen by all of them,
+    all after by none.
 
     Args:
         inputs: what the attention saw.
-        keys: the first keys, transposed, `(batch, kv_heads, head_dim, keys)` float32.
+        queried: `(batch, rows)`, which queries they are.
+        start: the first of them where they are the same consecutive ones in every row, else None.
+    """
+    before = inputs.keys.shape[2] - inputs.queries.shape[2]  # without a mask, the new tokens are the last of the keys
+    if inputs.mask is not None or (start is None and queried.device.type != "cpu"):  # a look would wait for the device
+        return slice(0, inputs.keys.shape[2])
+    if start is None:
+        return slice(before + int(queried.min()), before + int(queried.max()) + 1)
+    return slice(before + start, before + start + queried.shape[1])
+
+
+def _probabilities(inputs: AttentionInputs, keys: Tensor, queries: Tensor, rows: Tensor, span: slice) -> Tensor:
+    """Return the softmax of these query rows over the keys up to the end of the span, `(batch, heads, rows, keys)`
+    float32.
+
+    Args:
+        inputs: what the attention saw.
+        keys: of all tokens, transposed, `(batch, kv_heads, head_dim, tokens)` float32.
         queries: of these rows, `(batch, heads, rows, head_dim)`.
         rows: `(batch, rows)`, which queries they are.
+        span: which keys are hidden from some of them.
     """
     grouped = rearrange(
         queries.float() * inputs.scaling, "b (kv group) rows d -> b kv (group rows) d", kv=keys.shape[1]
     )
-    logits = grouped @ keys
+    logits = grouped @ keys[..., : span.stop]
     logits = rearrange(logits, "b kv (group rows) keys -> b (kv group) rows keys", rows=rows.shape[1])
     if inputs.softcap is not None:
         logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
-    logits = _masked(inputs, logits, rows)
+    logits = _masked(inputs, logits, rows, span)
     if inputs.sinks is None:
         return logits.softmax(dim=-1)
     sinks = inputs.sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
     return torch.cat([logits, sinks], dim=-1).softmax(dim=-1)[..., :-1]
 
 
-def _masked(inputs: AttentionInputs, logits: Tensor, rows: Tensor) -> Tensor:
+def _masked(inputs: AttentionInputs, logits: Tensor, rows: Tensor, span: slice) -> Tensor:
     """Return the logits with what a query may not see at the lowest float (a row of pads stays finite)."""
-    lowest, seen = torch.finfo(logits.dtype).min, logits.shape[-1]
+    lowest = torch.finfo(logits.dtype).min
     if inputs.mask is None:
         group = logits.shape[1] // inputs.key_columns.shape[1] if inputs.key_columns.shape[1] > 1 else 1
-        key_columns = inputs.key_columns[..., :seen].repeat_interleave(group, dim=1)[:, :, None]
+        key_columns = inputs.key_columns[..., span].repeat_interleave(group, dim=1)[:, :, None]
         query_columns = inputs.query_columns.expand(rows.shape[0], -1).gather(1, rows)
-        hidden = key_columns > query_columns[:, None, :, None]  # (batch, heads, rows, keys)
-        return logits.masked_fill_(hidden, lowest)
+        hidden = key_columns > query_columns[:, None, :, None]  # (batch, heads, rows, keys of the span)
+        logits[..., span].masked_fill_(hidden, lowest)
+        return logits
     mask = inputs.mask.expand(rows.shape[0], -1, -1, -1)
     mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1]))
     return logits.masked_fill_(~mask, lowest) if mask.dtype == torch.bool else (logits + mask).clamp_(min=lowest)

@@ -7,9 +7,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvcomp.core.rotary import Rotary
@@ -69,7 +71,8 @@ class AttentionBlock:
     """Some rows of exact softmax attention, as the model computes it (its mask, scaling, softcap and sinks).
 
     Attributes:
-        probs: `(batch, heads, rows, tokens)` float32; rows of pads are zero.
+        leading: attention to the leading tokens, `(batch, heads, rows, leading)` float32, rows of pads are zero; to the
+            tokens after them these rows give none.
         rows: `(batch, rows)` int64, which query each row is, -1 for none.
         row_modality: `(batch, rows)` int8.
         row_valid: `(batch, rows)` bool.
@@ -80,7 +83,7 @@ class AttentionBlock:
         scaling: the model's factor of the logits.
     """
 
-    probs: Tensor
+    leading: Tensor
     rows: Tensor
     row_modality: Tensor
     row_valid: Tensor
@@ -89,6 +92,20 @@ class AttentionBlock:
     queries: Tensor
     rotary: Rotary | None = None
     scaling: float = 1.0
+
+    @cached_property
+    def probs(self) -> Tensor:
+        """Return the attention to all tokens, `(batch, heads, rows, tokens)` float32.
+
+        A copy while rows see the leading tokens only: where zeros change nothing, read `leading`, which is as wide as
+        it must be, and use `widened`.
+        """
+        return self.widened(self.leading)
+
+    def widened(self, values: Tensor) -> Tensor:
+        """Return values of the leading tokens, `(..., leading)`, as those of all tokens, 0 for the rest."""
+        missing = self.valid.shape[-1] - values.shape[-1]
+        return F.pad(values, (0, missing)) if missing else values
 
 
 @dataclass(frozen=True)

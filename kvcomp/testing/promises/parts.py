@@ -172,7 +172,7 @@ def fold(strategy: Strategy, part: Part, sample: Sample) -> None:
 
 def _rows(block: AttentionBlock, rows: slice) -> AttentionBlock:
     return AttentionBlock(
-        probs=block.probs[:, :, rows].contiguous(),  # as blocks always are
+        leading=block.leading[:, :, rows].contiguous(),  # as blocks always are
         rows=block.rows[:, rows],
         row_modality=block.row_modality[:, rows],
         row_valid=block.row_valid[:, rows],

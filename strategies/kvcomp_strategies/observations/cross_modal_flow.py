@@ -69,13 +69,11 @@ class CrossModalFlow(Observation, use="cross-modal-flow"):
 
     def update(self, state: Flow | None, block: AttentionBlock) -> Flow:
         """Return the flow with the block's rows added."""
-        modalities = torch.arange(-1, len(Modality), device=block.modality.device)[
-            :, None
-        ]  # all keys are foreign to -1
-        foreign = (block.modality[:, :, None] != modalities) & block.valid[:, :, None]
-        foreign = foreign.to(block.probs.dtype)  # (batch, kv_heads, 1 + modalities, tokens)
-        batch, heads, rows, tokens = block.probs.shape
-        grouped = block.probs.view(batch, foreign.shape[1], -1, tokens)  # query heads of a group one after another
+        batch, heads, rows, seen = block.leading.shape
+        kinds = torch.arange(-1, len(Modality), device=block.modality.device)[:, None]  # all keys are foreign to -1
+        foreign = (block.modality[:, :, None, :seen] != kinds) & block.valid[:, :, None, :seen]
+        foreign = foreign.to(block.leading.dtype)  # (batch, kv_heads, 1 + modalities, seen)
+        grouped = block.leading.view(batch, foreign.shape[1], -1, seen)  # query heads of a group one after another
         flow = (grouped @ foreign.transpose(-1, -2)).view(batch, heads, rows, -1)
         other = block.row_modality.long()[:, None, :, None].expand(-1, heads, -1, 1) + 1
         crossing, total = flow.gather(3, other).sum(dim=(2, 3)), flow[..., 0].sum(dim=2)

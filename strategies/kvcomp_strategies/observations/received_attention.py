@@ -20,5 +20,5 @@ class ReceivedSums(Observation, use="received-attention"):
 
     def update(self, state: Tensor | None, block: AttentionBlock) -> Tensor:
         """Return the sums with the block's rows added."""
-        received = block.probs.sum(dim=2)
+        received = block.widened(block.leading.sum(dim=2))
         return received if state is None else state + received

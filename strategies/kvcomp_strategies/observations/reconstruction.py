@@ -45,7 +45,7 @@ class LargestReceived(Observation, use="reconstruction"):
 
     def update(self, state: Tensor | None, block: AttentionBlock) -> Tensor:
         """Return the largest so far."""
-        largest = block.probs.amax(dim=2)
+        largest = block.widened(block.leading.amax(dim=2))
         return largest if state is None else state.maximum(largest)
 
     def join(self, before: Tensor, now: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class RowEntropy(Observation, use="row-entropy"):
 
     def update(self, state: Total | None, block: AttentionBlock) -> Total:
         """Return the sum of the entropies and the number of rows, with the block's rows added."""
-        entropies = _entropies(block.probs) if self.over == "all" else _foreign_entropies(block)
+        entropies = _entropies(block.leading) if self.over == "all" else _foreign_entropies(block)
         added, rows = entropies.sum(dim=2), block.row_valid.sum(dim=1, keepdim=True)
         return (added, rows) if state is None else (state[0] + added, state[1] + rows)
 
@@ -47,9 +47,11 @@ def _entropies(probs: Tensor) -> Tensor:
 
 def _foreign_entropies(block: AttentionBlock) -> Tensor:
     """Return the entropy of each row over the keys of other modalities, `(batch, heads, rows)`."""
-    foreign = block.valid[:, :, None] & (block.modality[:, :, None] != block.row_modality[:, None, :, None])
-    group = block.probs.shape[1] // foreign.shape[1]
-    probs = block.probs.masked_fill(~repeat(foreign, "b kv rows t -> b (kv group) rows t", group=group), 0.0)
+    seen = block.leading.shape[-1]
+    foreign = block.modality[:, :, None, :seen] != block.row_modality[:, None, :, None]
+    foreign = foreign & block.valid[:, :, None, :seen]
+    group = block.leading.shape[1] // foreign.shape[1]
+    probs = block.leading.masked_fill(~repeat(foreign, "b kv rows t -> b (kv group) rows t", group=group), 0.0)
     mass = probs.sum(dim=-1)
-    seen = mass > LEAST_MASS
-    return _entropies(probs / mass.masked_fill(~seen, 1.0)[..., None]).masked_fill(~seen, 0.0)
+    looked = mass > LEAST_MASS
+    return _entropies(probs / mass.masked_fill(~looked, 1.0)[..., None]).masked_fill(~looked, 0.0)

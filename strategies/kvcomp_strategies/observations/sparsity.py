@@ -39,8 +39,8 @@ class Sparsity(Observation, use="sparsity"):
 
     def update(self, state: Counts | None, block: AttentionBlock) -> Counts:
         """Return the counts with the block's rows added."""
-        visible = block.probs > 0
-        large = visible & (block.probs >= self.threshold * block.probs.amax(dim=-1, keepdim=True))
+        visible = block.leading > 0
+        large = visible & (block.leading >= self.threshold * block.leading.amax(dim=-1, keepdim=True))
         counts = large.sum(dim=(2, 3)), visible.sum(dim=(2, 3))
         return counts if state is None else (state[0] + counts[0], state[1] + counts[1])
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from kvcomp_strategies.observations.cross_modal_flow import CrossModalFlow
 from kvcomp_strategies.observations.received_attention import ReceivedSums
+from kvcomp_strategies.observations.row_entropy import RowEntropy
+from kvcomp_strategies.observations.sparsity import Sparsity
 from kvcomp_strategies.observations.window_attention import WindowRows
 from torch import Tensor
 
@@ -90,14 +92,15 @@ def test_no_mask_means_causal_by_columns() -> None:
 
 
 def test_columns_may_differ_by_row_and_head() -> None:
-    """Slots that were kept have columns of their own: the query at column 5 sees those up to 5."""
-    sample = make_sample(1, (1,), held=3)
-    columns = torch.tensor([[[0, 4, 6, 5], [0, 2, 3, 5]]])
-    seen = replace(sample.inputs(), mask=None, query_columns=torch.tensor([5]), key_columns=columns)
+    """Slots that were kept have columns of their own: the query at column 5 sees all before it, not the one after."""
+    sample = make_sample(1, (2,), held=2)
+    columns = torch.tensor([[[0, 4, 5, 6], [2, 3, 5, 6]]])
+    seen = replace(sample.inputs(), mask=None, query_columns=torch.tensor([5, 6]), key_columns=columns)
     rows = observe(seen, [Rows()])[Rows()]
-    assert bool((rows[0, :2, 0, 2] == 0).all())
-    assert bool((rows[0, 2:, 0] > 0).all())
-    torch.testing.assert_close(rows.sum(dim=-1), torch.ones(1, 4, 1))
+    assert bool((rows[0, :, 0, 3] == 0).all())
+    assert bool((rows[0, :, 0, :3] > 0).all())
+    assert bool((rows[0, :, 1] > 0).all())
+    torch.testing.assert_close(rows.sum(dim=-1), torch.ones(1, 4, 2))
 
 
 def test_an_additive_mask_is_added() -> None:
@@ -158,6 +161,32 @@ def test_blocks_of_any_size_give_the_same(elements: int, monkeypatch: pytest.Mon
         torch.testing.assert_close(blocks[observation], whole[observation], rtol=1e-6, atol=1e-6)
     assert sum(block.rows.shape[1] for block in blocks[Places()]) == 10
     assert max(block.probs.numel() for block in blocks[Places()]) <= max(elements, 2 * 4 * 10)
+
+
+@pytest.mark.parametrize("elements", [1, 2 * 4 * 10 * 3, 2**22], ids=["1 row", "3 rows", "all"])
+def test_blocks_without_a_mask_are_as_wide_as_their_rows_see(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = inputs(mask=None, query_valid=torch.ones(2, 10, dtype=torch.bool))
+    monkeypatch.setattr(attention, "BLOCK_ELEMENTS", elements)
+    last = Places(last=6)
+    found = observe(seen, [Rows(), Places(), WindowRows(count=6), last])
+    assert_close(found[Rows()], expected(seen))
+    assert_close(found[WindowRows(count=6)], expected(seen)[:, :, -6:])
+    for block in [*found[Places()], *found[last]]:
+        assert block.leading.shape[-1] == int(block.rows.max()) + 1
+        assert block.probs.shape[-1] == 10
+
+
+STATISTICS = (ReceivedSums(), CrossModalFlow(), RowEntropy(), RowEntropy(over="other-modality"), Sparsity(window=4))
+
+
+@pytest.mark.parametrize("statistic", STATISTICS, ids=str)
+def test_statistics_are_those_of_the_same_rows_under_a_mask(
+    statistic: Observation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masked = inputs(query_valid=torch.ones(2, 10, dtype=torch.bool), mask=torch.ones(10, 10).tril().bool()[None, None])
+    monkeypatch.setattr(attention, "BLOCK_ELEMENTS", 1)
+    plain = observe(replace(masked, mask=None), [statistic])[statistic]
+    torch.testing.assert_close(plain, observe(masked, [statistic])[statistic])
 
 
 def test_a_block_says_which_rows_it_holds() -> None:

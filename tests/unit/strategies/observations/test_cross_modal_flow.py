@@ -14,7 +14,7 @@ def block(
     """One row of a batch, one head; `rows` and `keys` are modalities, `valid` says which rows count."""
     count = len(rows)
     return AttentionBlock(
-        probs=torch.tensor(probs)[None, None],
+        leading=torch.tensor(probs)[None, None],
         rows=torch.arange(count)[None],
         row_modality=torch.tensor([rows], dtype=torch.int8),
         row_valid=torch.tensor([valid or [True] * count]),

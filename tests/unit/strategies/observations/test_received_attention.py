@@ -6,17 +6,25 @@ from kvcomp_strategies.observations.received_attention import ReceivedSums
 
 from kvcomp import AttentionBlock
 
+TOKENS = 2
+
 
 def block(*rows: list[float]) -> AttentionBlock:
     probs = torch.tensor(rows)[None, None]
-    nothing = torch.zeros(1, len(rows), dtype=torch.long)
-    return AttentionBlock(probs, nothing, nothing, nothing.bool(), nothing, nothing.bool(), nothing.float())
+    nothing, keys = torch.zeros(1, len(rows), dtype=torch.long), torch.zeros(1, 1, TOKENS, dtype=torch.long)
+    return AttentionBlock(probs, nothing, nothing, nothing.bool(), keys, keys.bool(), nothing.float())
 
 
 def test_columns_are_summed_over_blocks() -> None:
     sums = ReceivedSums()
     state = sums.update(sums.update(None, block([1.0, 0.0], [0.25, 0.75])), block([0.5, 0.5]))
     assert sums.result(state).tolist() == [[[1.75, 1.25]]]
+
+
+def test_rows_that_see_only_the_first_tokens_add_nothing_to_the_others() -> None:
+    sums = ReceivedSums()
+    state = sums.update(sums.update(None, block([1.0])), block([0.25, 0.75]))
+    assert sums.result(state).tolist() == [[[1.25, 0.75]]]
 
 
 def test_a_state_is_not_changed_by_the_next_block() -> None:

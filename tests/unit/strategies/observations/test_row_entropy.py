@@ -13,7 +13,7 @@ def entropy(probs: list[list[float]], keys: list[int], rows: list[int], over: st
     attention, modality = torch.tensor(probs)[None, None], torch.tensor(keys, dtype=torch.int8)[None, None]
     valid = attention.sum(dim=-1)[:, 0] > 0
     block = AttentionBlock(
-        probs=attention,
+        leading=attention,
         rows=torch.arange(len(rows))[None],
         row_modality=torch.tensor(rows, dtype=torch.int8)[None],
         row_valid=valid,
