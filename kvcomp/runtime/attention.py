@@ -1,5 +1,5 @@
-"""The attention functions `kvcomp_sdpa`, `kvcomp_eager` and `kvcomp_flex_attention`: the base implementation over a
-layer's slots, then compression.
+"""The attention functions `kvcomp_sdpa`, `kvcomp_eager` and so on: the base implementation over a layer's slots, then
+compression.
 
 transformers calls them like any registered implementation. Keys that do not come from a compressed layer go to the
 base function unchanged.
@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from kvcomp.runtime import flex
+from kvcomp.runtime import flash, flex
 from kvcomp.runtime.fixed import LAYER_ATTRIBUTE, FixedSlots
 from kvcomp.runtime.forward import Logits
 from kvcomp.runtime.layer import PackedAttention
@@ -27,7 +27,7 @@ from kvcomp.runtime.packed import attend_packed
 
 PREFIX = "kvcomp_"
 SIGHT_ATTRIBUTE = "kvcomp_sight"  # how a layer that shares another's keys finds what that layer saw of them
-BASES = ("sdpa", "eager", flex.NAME)
+BASES = ("sdpa", "eager", flex.NAME, flash.NAME)
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -43,8 +43,15 @@ class AttendedLayer(Protocol):
     def unpacked(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of all slots, given what `update()` returned."""
 
-    def slot_mask(self, mask: Tensor | None, queries: Tensor) -> Tensor | None:
-        """Return the mask over slots, given transformers' mask over columns."""
+    def slot_mask(self, mask: Tensor | None, queries: Tensor, *, aligned: bool) -> Tensor | None:
+        """Return the mask over slots, given transformers' mask over columns.
+
+        Args:
+            mask: over columns, `(batch or 1, 1, queries, columns)`, or None.
+            queries: `(batch, heads, queries, head_dim)`.
+            aligned: whether attention without a mask shows several queries every slot before them, as flash attention
+                does, and not as many slots as there are queries.
+        """
 
     def attended(
         self, module: nn.Module, queries: Tensor, mask: Tensor | None, slot_mask: Tensor | None, logits: Logits
@@ -52,12 +59,22 @@ class AttendedLayer(Protocol):
         """Take note of what the attention saw of the new tokens."""
 
 
-def register() -> None:
-    """Register the attention and mask function of every base. Registering again changes nothing."""
-    for base in BASES:
-        mask_function = flex.block_mask_over_columns if base == flex.NAME else ALL_MASK_ATTENTION_FUNCTIONS[base]
-        AttentionInterface.register(PREFIX + base, partial(attend, base))
-        AttentionMaskInterface.register(PREFIX + base, mask_function)
+def supports(base: str) -> bool:
+    """Return whether compressed caches work with an attention implementation."""
+    return base in BASES or flash.is_flash(base)
+
+
+def register(base: str) -> str:
+    """Register kvcomp's attention and mask function for a base, and return their name. Doing it again changes nothing.
+
+    >>> register("sdpa"), register("flash_attention_2")
+    ('kvcomp_sdpa', 'kvcomp_fa_attention_2')
+    """
+    name = PREFIX + base.replace("flash", "fa").replace("/", "_")  # else transformers would look for a kernel
+    mask_function = flex.block_mask_over_columns if base == flex.NAME else ALL_MASK_ATTENTION_FUNCTIONS[base]
+    AttentionInterface.register(name, partial(attend, base))
+    AttentionMaskInterface.register(name, mask_function)
+    return name
 
 
 def attend(
@@ -82,23 +99,25 @@ def attend(
     """
     layer: AttendedLayer | FixedSlots | None = getattr(key, LAYER_ATTRIBUTE, None)
     if isinstance(layer, FixedSlots):
-        assert not isinstance(attention_mask, BlockMask)  # a session refuses flex attention for them
+        assert not isinstance(attention_mask, BlockMask)  # a session refuses flex and flash attention for them
         return layer.attend(base, query, attention_mask, _logits(query, kwargs), kwargs.get("dropout", 0.0))
     function = _base_function(base, module)
     if layer is None:
         return function(module, query, key, value, attention_mask, **kwargs)
     logits = _logits(query, kwargs)
     before: Sight | None = getattr(key, SIGHT_ATTRIBUTE, None)
-    columns_mask = flex.as_tensor(attention_mask)
+    columns_mask = _over_columns(base, attention_mask, query)
     sight = _sight(base, layer, query, key, value, columns_mask, logits) if before is None else before
     if sight.packed is None:
         keys, values = (key, value) if sight.states is None else sight.states
+        given = (module, query, keys, values, sight.mask)
         if base == flex.NAME:
-            output = flex.attend_flex(
-                function, module, query, keys, values, sight.mask, attention_mask, logits, **kwargs
-            )
+            output = flex.attend_flex(function, *given, attention_mask, logits, **kwargs)
+        elif flash.is_flash(base):
+            assert not isinstance(attention_mask, BlockMask)
+            output = flash.attend_flash(function, *given, attention_mask, logits, **kwargs)
         else:
-            output = function(module, query, keys, values, sight.mask, **kwargs)
+            output = function(*given, **kwargs)
     else:
         slots, _, masks = sight.packed
         output = attend_packed(base, query, slots, masks, logits, kwargs.get("dropout", 0.0))
@@ -138,17 +157,27 @@ def _sight(
     packed = layer.packed(base, query, mask, logits)
     if packed is None:
         states = layer.unpacked(key, value)
-        sight = Sight(None, layer.slot_mask(mask, query), None if states[0] is key else states)
+        slot_mask = layer.slot_mask(mask, query, aligned=flash.is_flash(base))
+        sight = Sight(None, slot_mask, None if states[0] is key else states)
     else:
         sight = Sight(packed, packed[1], None)
     setattr(key, SIGHT_ATTRIBUTE, sight)
     return sight
 
 
+def _over_columns(base: str, mask: Tensor | BlockMask | None, query: Tensor) -> Tensor | None:
+    """Return transformers' mask as `(batch or 1, 1, queries, columns)`, whatever form the base has it in."""
+    if isinstance(mask, BlockMask):
+        return flex.as_tensor(mask)
+    return flash.as_tensor(mask, query.shape[2]) if flash.is_flash(base) else mask
+
+
 def _base_function(base: str, module: nn.Module) -> AttentionFunction:
     """Return the implementation; `eager` is each family's own function, beside its attention module."""
     if base == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[no-any-return]
+    if flash.is_flash(base):
+        return partial(flash.attend_as, base)
     return ALL_ATTENTION_FUNCTIONS[base]  # type: ignore[no-any-return]
 
 

@@ -209,7 +209,9 @@ class CompressedCacheLayer(LayerCompression, DynamicLayer):  # type: ignore[no-u
         slots = self.storage.packed()
         if slots is None or not can_attend(base, slots, logits, self.only_causal(mask)):
             return None
-        slot_mask = self.slot_mask(mask, query) if query.shape[2] > 1 or self.holds_padding else None
+        slot_mask = None
+        if query.shape[2] > 1 or self.holds_padding:
+            slot_mask = self.slot_mask(mask, query, aligned=False)
         masks = self.head_masks(mask, slots, query) if slot_mask is None else own_slots(slot_mask, slots)
         return slots, slot_mask, masks
 
@@ -221,18 +223,19 @@ class CompressedCacheLayer(LayerCompression, DynamicLayer):  # type: ignore[no-u
         """Return whether a query sees every slot before it and nothing weighs them, given transformers' mask."""
         return mask is None and not self.holds_padding and not self.request.strategy.mass_preserving
 
-    def slot_mask(self, mask: Tensor | None, queries: Tensor) -> Tensor | None:
+    def slot_mask(self, mask: Tensor | None, queries: Tensor, *, aligned: bool) -> Tensor | None:
         """Return the mask over this layer's slots, `(batch, heads, queries, slots)`; None for no mask at all.
 
         Args:
             mask: transformers' mask over columns.
             queries: `(batch, heads, queries, head_dim)`.
+            aligned: whether several queries without a mask see every slot before them.
         """
         if not self.trimmed:
             return mask
         assert self.held_table is not None
         new = queries.shape[2]
-        if new == 1 and self.only_causal(mask) and self.held_table.mask is None:
+        if (new == 1 or aligned) and self.only_causal(mask) and self.held_table.mask is None:
             return None
         group = queries.shape[1] // self.form.kv_heads
         slot_mask = over_slots(mask, self.places(), new, self.seen - new, group)

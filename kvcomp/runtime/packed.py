@@ -48,8 +48,8 @@ def attend_packed(
     """Return the attention output `(batch, queries, heads, head_dim)`, and for `eager` the weights.
 
     Args:
-        base: `sdpa`, which knows neither softcap nor sinks, as transformers' own; `eager`; or `flex_attention`, which
-            is computed as `sdpa`, or as `eager` where there is a softcap or sinks.
+        base: `sdpa`, which knows neither softcap nor sinks, as transformers' own; `eager`; any other is computed as
+            `sdpa`, or as `eager` where there is a softcap or sinks.
         query: `(batch, heads, queries, head_dim)`, after rotary embedding.
         slots: what the layer holds, the new tokens last.
         masks: of each (row, KV head) over its own slots, `(1, 1, group * queries or 1, slots)`, bool or additive; None
@@ -61,7 +61,7 @@ def attend_packed(
     """
     if base == "eager":
         return _eager(query, slots, masks, logits, dropout)
-    if base == "flex_attention" and not logits.plain:
+    if base != "sdpa" and not logits.plain:
         return _eager(query, slots, masks, logits, dropout)[0], None
     if query.device.type != "cpu":
         return _varlen(query, slots, logits.scaling, slots.appended if appended is None else appended), None

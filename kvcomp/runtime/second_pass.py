@@ -306,7 +306,7 @@ class ProbeLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Return what `update` returned."""
         return keys, values
 
-    def slot_mask(self, mask: Tensor | None, queries: Tensor) -> Tensor | None:
+    def slot_mask(self, mask: Tensor | None, queries: Tensor, *, aligned: bool) -> Tensor | None:
         """Return the mask over slots and chunk, given transformers' mask over columns."""
         if not self.layer.trimmed and self.layer.alive is None:
             return mask

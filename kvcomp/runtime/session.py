@@ -18,7 +18,7 @@ from kvcomp.core import config
 from kvcomp.core.errors import InputError, UnsupportedModelError, UnsupportedUseError, UnusedCacheWarning
 from kvcomp.core.ignored import warn_of_ignored
 from kvcomp.core.strategy import Strategy
-from kvcomp.runtime import attention, flex
+from kvcomp.runtime import attention
 from kvcomp.runtime.adapter import adapter_for
 from kvcomp.runtime.cache import CompressedCache
 from kvcomp.runtime.files import fill_cache, saved_strategy
@@ -36,9 +36,9 @@ class Attachment:
         self.decoder = _decoder(model)
         self.base = _implementation(self.decoder)
         _check_base(self.base)
-        attention.register()
-        self.decoder.set_attn_implementation(attention.PREFIX + self.base)
-        if _implementation(self.decoder) != attention.PREFIX + self.base:
+        name = attention.register(self.base)
+        self.decoder.set_attn_implementation(name)
+        if _implementation(self.decoder) != name:
             raise UnsupportedModelError(
                 f"{type(self.decoder).__name__} does not let its attention implementation be set: its attention does "
                 "not go through transformers' AttentionInterface, so its cache cannot be compressed"
@@ -297,7 +297,7 @@ def _check_base(base: str) -> None:
             "the model must be attached once, and its text model runs kvcomp's attention already, for a session with "
             "another model that it is a part of; use that session, or detach it first"
         )
-    if base not in attention.BASES:
+    if not attention.supports(base):
         raise UnsupportedModelError(
             f"the attention implementation must be one of {', '.join(attention.BASES)}, got {base!r}; call "
             "model.set_attn_implementation('sdpa') first"
@@ -305,10 +305,10 @@ def _check_base(base: str) -> None:
 
 
 def _check_compilable(base: str) -> None:
-    if base == flex.NAME:
+    if base not in ("sdpa", "eager"):
         raise UnsupportedUseError(
-            f"compiled=True runs on sdpa and eager attention, and the model's is {base!r}, whose masks are built anew "
-            "for each token; call model.set_attn_implementation('sdpa') first"
+            f"compiled=True runs on sdpa and eager attention, and the model's is {base!r}, which needs its masks built "
+            "anew for each token; call model.set_attn_implementation('sdpa') first"
         )
 
 

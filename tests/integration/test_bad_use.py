@@ -102,7 +102,9 @@ def test_an_attention_implementation_that_is_not_served_is_refused():
     model = tiny_llama()
     AttentionInterface.register("someones_own", lambda *args, **kwargs: None)
     model.set_attn_implementation("someones_own")
-    with pytest.raises(kvcomp.UnsupportedModelError, match=r"one of sdpa, eager, flex_attention, got 'someones_own'"):
+    with pytest.raises(
+        kvcomp.UnsupportedModelError, match=r"one of sdpa, eager, flex_attention, flash_attention_2, got 'someones_own'"
+    ):
         kvcomp.attach(model)
 
 
