@@ -64,6 +64,7 @@ def write_synthetic(
     *,
     samples: int = 20,
     made: int | None = None,
+    unlearned: Sequence[str] = (),
     **changes: Any,
 ) -> Study:
     """Write a folder of results and read it back.
@@ -73,13 +74,13 @@ def write_synthetic(
         configurations: by default those of `synthetic_configurations`.
         samples: planned for each.
         made: how many were answered before the run was killed; all by default.
+        unlearned: the tasks that the model does not answer with the full cache.
         changes: fields that every result gets instead.
     """
     configurations = synthetic_configurations() if configurations is None else configurations
+    environment = {"versions": {"kvcomp": "0"}, "models": {"minimile-xs": {"unlearned": list(unlearned)}}}
     with ResultsWriter(folder) as writer:
-        writer.begin(
-            [Planned(each, samples) for each in configurations], {"samples": samples}, {"versions": {"kvcomp": "0"}}
-        )
+        writer.begin([Planned(each, samples) for each in configurations], {"samples": samples}, environment)
         for sample in range(samples if made is None else made):
             writer.add([synthetic_result(each, sample, **changes) for each in configurations])
         if made is None:

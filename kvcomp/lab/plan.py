@@ -13,7 +13,8 @@ from kvcomp.lab.ablation import AblationFile, Variant, in_mode
 from kvcomp.lab.batches import QueryMode
 from kvcomp.lab.jobs import Cell, Job, ModelSource, Work, split_of
 from kvcomp.lab.provenance import digest_folder, digest_sample, prompt_template, stop_ids, versions
-from kvcomp.lab.results import Configuration, Planned, digest, result_key
+from kvcomp.lab.records import read_records
+from kvcomp.lab.results import UNLEARNED, Configuration, Planned, digest, result_key
 from kvcomp.lab.tasks import Task
 
 WINDOW = 10  # batches whose samples are in memory at a time
@@ -116,7 +117,7 @@ def make_plan(
         variants: see `make_variants`.
     """
     used = versions()
-    about = [_describe(model) for model in models]
+    about = [_describe(model, own) for model, own in zip(models, tasks, strict=True)]
     asked = list(dict.fromkeys(task for own in tasks for task in own))
     seeds = list(dict.fromkeys(file.seed))
     cells: list[Cell] = []
@@ -154,7 +155,8 @@ def _configuration(
     )
 
 
-def _describe(model: ModelSource) -> dict[str, Any]:
+def _describe(model: ModelSource, tasks: Sequence[Task]) -> dict[str, Any]:
+    records = read_records(model.folder)
     template = prompt_template(model.folder)
     return {
         "name": model.name,
@@ -163,6 +165,7 @@ def _describe(model: ModelSource) -> dict[str, Any]:
         "device": model.device_map or model.device,
         "images": {"min_pixels": model.min_pixels, "max_pixels": model.max_pixels},
         "template": template,
+        UNLEARNED: [task.name for task in tasks if task.id in records and not records[task.id].learned],
         "template_digest": None if template is None else digest(template),
         "stop_ids": stop_ids(model.folder),
     }

@@ -17,6 +17,7 @@ from kvcomp.lab.document import Document, budgets, ranked, rho_by_task, threshol
 BUDGET_COLOURS = ("#8b929c", "#2f74c0", "#d9622b", "#7a4fb5", "#2a9d72")
 TASK_COLOURS = ("#2a9d72", "#7a4fb5", "#c2447e", "#b8860b", "#2f74c0")
 MARKERS = ("o", "s", "D", "^", "v")
+LINES = ("-", "--", ":")
 INK = "#1d2126"
 STYLE: Any = {
     "font.family": "sans-serif",
@@ -113,8 +114,7 @@ def draw_decode_time(axes: Axes, rows: Sequence[dict[str, Any]], recipes: Sequen
 def draw_rho(axes: Axes, rho: dict[str, list[float]], lines: Sequence[float]) -> None:
     """Draw rho over the layers, a line per task, and the thresholds above which a layer merges across modalities."""
     for number, (task, values) in enumerate(rho.items()):
-        colour, marker = TASK_COLOURS[number % len(TASK_COLOURS)], MARKERS[number % len(MARKERS)]
-        axes.plot(range(len(values)), values, label=task, color=colour, marker=marker, markersize=4, linewidth=1.2)
+        axes.plot(range(len(values)), values, label=task, markersize=4, linewidth=1.2, **_line(number))
     for threshold in lines:
         axes.axhline(threshold, color=INK, linewidth=0.6, linestyle=":", label=f"threshold {threshold:g}")
     layers = len(next(iter(rho.values())))
@@ -123,6 +123,13 @@ def draw_rho(axes: Axes, rho: dict[str, list[float]], lines: Sequence[float]) ->
     axes.set_ylabel("rho")
     axes.set_title("rho: share of attention that crosses modalities", fontsize=9, loc="left")
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+
+
+def _line(number: int) -> dict[str, Any]:
+    """Return how a task's line looks: colours and markers of the first five come again dashed, then dotted."""
+    again, place = divmod(number, len(TASK_COLOURS))
+    style = LINES[again % len(LINES)]
+    return {"color": TASK_COLOURS[place], "marker": MARKERS[place], "linestyle": style}
 
 
 def _marker(number: int) -> dict[str, Any]:

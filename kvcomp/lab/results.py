@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 FORMAT = 1  # of keys and of files
+UNLEARNED = "unlearned"  # in what a run notes of a model: the tasks that it does not answer with the full cache
 COLUMNS = ("model", "task", "query_mode", "strategy", "budget", "seed")  # of a configuration, in this order
 
 

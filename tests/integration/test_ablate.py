@@ -215,6 +215,11 @@ def test_a_dry_run_shows_the_grid_and_writes_nothing(model: Path, tmp_path: Path
     assert document["estimated_seconds"] >= 0
 
 
+def test_a_run_notes_which_tasks_its_model_has_not_learned(tmp_path: Path) -> None:
+    file = write_file(tmp_path / "a.yaml", models="minimile-xs", tasks=["recall", "spot_diff"])
+    assert read_plan(file, 1).environment["models"]["minimile-xs"]["unlearned"] == ["mini/spot_diff"]
+
+
 @pytest.mark.slow
 def test_several_processes_give_the_same_answers(model: Path, tmp_path: Path) -> None:
     file = write_file(tmp_path / "a.yaml", models=str(model), tasks=["echo", "other"])

@@ -8,10 +8,11 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from kvcomp.core.errors import UnknownNameError, suggest
-from kvcomp.lab.results import Configuration, Result, Study
-from kvcomp.lab.statistics import bootstrap, mean, mean_of_means
+from kvcomp.lab.results import UNLEARNED, Configuration, Result, Study
+from kvcomp.lab.statistics import mean, mean_of_means
 
 FULL = "full"
+AVERAGE = "Average"
 Budget = float | str
 Value = TypeVar("Value")
 
@@ -78,6 +79,7 @@ class Block:
         tasks: in the order of the plan.
         arms: in the order of the plan.
         cells: by task and arm.
+        unlearned: the tasks that the model does not answer with the full cache either; averages leave them out.
     """
 
     model: str
@@ -85,6 +87,12 @@ class Block:
     tasks: tuple[str, ...]
     arms: tuple[Arm, ...]
     cells: Mapping[tuple[str, Arm], Cell]
+    unlearned: frozenset[str] = frozenset()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Return the tasks, and the average where there are several."""
+        return (*self.tasks, AVERAGE) if len(self.tasks) > 1 else self.tasks
 
     @property
     def title(self) -> str:
@@ -107,19 +115,17 @@ class Block:
         found = (self.cells.get((task, arm)) for task in self.tasks)
         return [cell for cell in found if cell is not None and cell.results]
 
-    def average(self, arm: Arm) -> float | None:
-        """Return the unweighted mean over all tasks, None where one is lacking."""
-        cells = self.column(arm)
-        if len(cells) < len(self.tasks):
-            return None
-        return mean_of_means([cell.scores for cell in cells])
+    def behind(self, arm: Arm, column: str) -> list[Cell]:
+        """Return the cells that a column is about; for the average, none where a task that counts lacks a sample."""
+        tasks = [task for task in self.tasks if task not in self.unlearned] if column == AVERAGE else [column]
+        found = [self.cells.get((task, arm)) for task in tasks]
+        cells = [cell for cell in found if cell is not None and cell.results]
+        return cells if len(cells) == len(tasks) else []
 
-    def interval(self, arm: Arm, task: str | None = None) -> tuple[float, float] | None:
-        """Return the bootstrap interval of the score on a task, by default of the average."""
-        cells = self.column(arm) if task is None else [self.cells[task, arm]]
-        if not cells or not all(cell.results for cell in cells) or (task is None and len(cells) < len(self.tasks)):
-            return None
-        return bootstrap([cell.scores for cell in cells])
+    def score(self, arm: Arm, column: str) -> float | None:
+        """Return the mean score on a task; for the average, the unweighted mean over those that count."""
+        cells = self.behind(arm, column)
+        return mean_of_means([cell.scores for cell in cells]) if cells else None
 
     def reference(self, label: str, budget: Budget) -> Arm | None:
         """Return the arm of a strategy to hold others against: at the same budget, or else its only one."""
@@ -146,11 +152,13 @@ def blocks_of(study: Study) -> list[Block]:
             if before is None
             else Cell(before.configuration, before.planned + entry.samples, {**before.results, **found})
         )
-    return [_block(model, mode, found) for (model, mode), found in cells.items()]
+    models = study.run.environment.get("models", {})
+    return [_block(model, mode, found, models.get(model, {})) for (model, mode), found in cells.items()]
 
 
-def _block(model: str, mode: str, cells: dict[tuple[str, Arm], Cell]) -> Block:
-    return Block(model, mode, unique(task for task, _ in cells), unique(arm for _, arm in cells), cells)
+def _block(model: str, mode: str, cells: dict[tuple[str, Arm], Cell], about: Mapping[str, Any]) -> Block:
+    tasks, arms = unique(task for task, _ in cells), unique(arm for _, arm in cells)
+    return Block(model, mode, tasks, arms, cells, frozenset(about.get(UNLEARNED, ())))
 
 
 def find_baseline(blocks: Sequence[Block], name: str | None) -> str | None:

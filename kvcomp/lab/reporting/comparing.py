@@ -10,7 +10,6 @@ from kvcomp.lab.results import Result
 from kvcomp.lab.statistics import bootstrap, holm, mcnemar, mean_of_means, sign_flip
 
 ALPHA = 0.05
-AVERAGE = "Average"
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,7 @@ class Comparison:
     """One arm held against another on the samples that both have answered.
 
     Attributes:
-        task: a task, or `Average` for the unweighted mean over all.
+        task: a task, or `Average` for the unweighted mean over those that count.
         arm, against: which.
         samples: pairs.
         difference: of the mean scores, the arm's less the other's.
@@ -70,10 +69,10 @@ def best(block: Block, arms: Sequence[Arm], task: str) -> Arm | None:
     """Return the arm that is significantly better than every other one on a task or on average, corrected for the
     number of others; None where there is no such arm, or only one. The full cache takes no part.
     """
-    candidates = [arm for arm in arms if arm.label != FULL and _cells(block, arm, task)]
+    candidates = [arm for arm in arms if arm.label != FULL and block.behind(arm, task)]
     if len(candidates) < 2:
         return None
-    first = max(candidates, key=lambda arm: mean_of_means([cell.scores for cell in _cells(block, arm, task)]))
+    first = max(candidates, key=lambda arm: mean_of_means([cell.scores for cell in block.behind(arm, task)]))
     rivals = [hold_against(block, first, other, task) for other in candidates if other != first]
     sure = [rival for rival in rivals if rival is not None]
     corrected = holm([rival.p for rival in sure])
@@ -83,10 +82,9 @@ def best(block: Block, arms: Sequence[Arm], task: str) -> Arm | None:
 
 def hold_against(block: Block, arm: Arm, against: Arm, task: str) -> Comparison | None:
     """Return one comparison, not corrected; None where there is no pair, or for the average one task has none."""
-    sides = zip(_cells(block, arm, task), _cells(block, against, task), strict=False)
-    pairs = [_pairs(mine, other) for mine, other in sides]
-    wanted = len(block.tasks) if task == AVERAGE else 1
-    if len(pairs) < wanted or not all(pairs):
+    mine, other = block.behind(arm, task), block.behind(against, task)
+    pairs = [_pairs(*sides) for sides in zip(mine, other, strict=True)] if mine and other else []
+    if not pairs or not all(pairs):
         return None
     groups = [[mine.score - other.score for mine, other in group] for group in pairs]
     outcomes = [(mine.exact_match, other.exact_match) for group in pairs for mine, other in group]
@@ -112,18 +110,8 @@ def hold_against(block: Block, arm: Arm, against: Arm, task: str) -> Comparison 
 
 
 def _compare(block: Block, arm: Arm, against: Arm) -> Iterator[Comparison]:
-    tasks = (*block.tasks, AVERAGE) if len(block.tasks) > 1 else block.tasks
-    made = (hold_against(block, arm, against, task) for task in tasks)
+    made = (hold_against(block, arm, against, column) for column in block.columns)
     return (found for found in made if found is not None)
-
-
-def _cells(block: Block, arm: Arm, task: str) -> list[Cell]:
-    """Return the cells that a column of a table is about; for the average, none where a task lacks a sample."""
-    if task == AVERAGE:
-        cells = block.column(arm)
-        return cells if len(cells) == len(block.tasks) else []
-    cell = block.cells.get((task, arm))
-    return [cell] if cell is not None and cell.results else []
 
 
 def _pairs(mine: Cell, other: Cell) -> list[tuple[Result, Result]]:

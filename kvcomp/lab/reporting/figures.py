@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kvcomp.lab.plots import INK, MARKERS, draw_rho
-from kvcomp.lab.reporting.cells import FULL, Arm, Block, Cell, unique
+from kvcomp.lab.reporting.cells import AVERAGE, FULL, Arm, Block, Cell, unique
 from kvcomp.lab.reporting.comparing import Comparison, hold_against
 from kvcomp.lab.reporting.tables import budget_text
 from kvcomp.lab.reporting.texts import plain
@@ -233,7 +233,7 @@ def _score_rows(block: Block) -> Iterator[Row]:
 def _pareto_rows(block: Block) -> list[Row]:
     rows = []
     for arm in block.arms:
-        shares, score = [cell.share_of_bytes for cell in block.column(arm)], block.average(arm)
+        shares, score = [cell.share_of_bytes for cell in block.column(arm)], block.score(arm, AVERAGE)
         share = mean(shares)
         if score is not None and share is not None:
             rows.append(_arm_row(block, arm) | {"share_of_bytes": share, "score": score})

@@ -101,6 +101,6 @@ def _latex_caption(table: Table) -> str:
 
 def _latex_text(text: str) -> str:
     written = latex(text, 1000)
-    for mark, symbol in (("▲", "$\\uparrow$"), ("▼", "$\\downarrow$"), ("Δ", "$\\Delta$")):
+    for mark, symbol in (("▲", "$\\uparrow$"), ("▼", "$\\downarrow$"), ("Δ", "$\\Delta$"), ("†", "$\\dagger$")):
         written = written.replace(mark, symbol)
     return written

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvcomp.lab.reporting.cells import FULL, Arm, Block, Budget, Cell, unique
-from kvcomp.lab.reporting.comparing import AVERAGE, Comparison, best, hold_against
+from kvcomp.lab.reporting.comparing import Comparison, best, hold_against
 
 Comparisons = Mapping[tuple[str, Arm], Comparison]
 ABSENT = "-"
+DAGGER = "†"
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,14 @@ def main_table(block: Block, budget: Budget, comparisons: Comparisons, baseline:
     arms = [arm for arm in block.arms if arm.budget == budget or (arm.label in (FULL, baseline) and _once(block, arm))]
     if not any(arm.budget == budget and block.column(arm) for arm in arms):
         return None
-    columns = (*block.tasks, AVERAGE) if len(block.tasks) > 1 else block.tasks
+    columns = block.columns
     leaders = {task: best(block, [arm for arm in arms if arm.budget == budget], task) for task in columns}
     body = []
     for arm in arms:
         line = [Entry(arm.label)]
         for task in columns:
             made = comparisons.get((task, arm))
-            line.append(Entry(_percent(score_of(block, arm, task)), leaders[task] == arm, made.mark if made else 0))
+            line.append(Entry(_percent(block.score(arm, task)), leaders[task] == arm, made.mark if made else 0))
         body.append((*line, _distance(comparisons.get((columns[-1], arm)))))
     delta = "Δ" if baseline is None else f"Δ to {baseline}"
     metrics = ", ".join(unique(cell.configuration.metric for cell in block.cells.values()))
@@ -69,7 +70,7 @@ def main_table(block: Block, budget: Budget, comparisons: Comparisons, baseline:
         name=f"main {block.model} {block.query_mode} {budget}",
         title=f"Performance at a budget of {budget_text(budget)}: {block.title}",
         caption=f"Mean score in percent ({metrics}). {_legend(baseline)} {sizes(block)}",
-        head=("Method", *columns, delta),
+        head=("Method", *(_heading(block, column) for column in columns), delta),
         body=tuple(body),
     )
 
@@ -91,10 +92,10 @@ def sweep_tables(block: Block) -> Iterator[Table]:
 
 def _sweep(block: Block, name: str, budget: Budget, path: str, values: Sequence[tuple[Any, Arm]]) -> Table:
     arms, body = [arm for _, arm in values], []
-    for task in (*block.tasks, AVERAGE) if len(block.tasks) > 1 else block.tasks:
+    for task in block.columns:
         leader = best(block, arms, task)
-        entries = (Entry(_percent(score_of(block, arm, task)), leader == arm) for arm in arms)
-        body.append((Entry(task), *entries))
+        entries = (Entry(_percent(block.score(arm, task)), leader == arm) for arm in arms)
+        body.append((Entry(_heading(block, task)), *entries))
     return Table(
         name=f"sweep {name} {path} {block.model} {block.query_mode} {budget}",
         title=f"{name} under different {path}, budget {budget_text(budget)}: {block.title}",
@@ -118,7 +119,7 @@ def ablation_tables(block: Block) -> Iterator[Table]:
 
 
 def _ablation(block: Block, whole: Arm, variants: Sequence[Arm]) -> Table:
-    columns = (*block.tasks, AVERAGE) if len(block.tasks) > 1 else block.tasks
+    columns = block.columns
     full = block.reference(FULL, whole.budget)
     body = [] if full is None else [_plain_line(block, full, columns)]
     body.append(_plain_line(block, whole, columns))
@@ -127,20 +128,20 @@ def _ablation(block: Block, whole: Arm, variants: Sequence[Arm]) -> Table:
         for task in columns:
             made = hold_against(block, arm, whole, task)
             note = "" if made is None else f"{signed(made.low)} to {signed(made.high)}"
-            line.append(Entry(_percent(score_of(block, arm, task)), note=note))
+            line.append(Entry(_percent(block.score(arm, task)), note=note))
         body.append(tuple(line))
     return Table(
         name=f"ablation {whole.label} {block.model} {block.query_mode} {whole.budget}",
         title=f"Variants of {whole.label} at a budget of {budget_text(whole.budget)}: {block.title}",
         caption=f"Mean score in percent; small: 95 % interval of the paired difference to {whole.label}, in points, "
         f"one by one and not corrected. {sizes(block)}",
-        head=("Method", *columns),
+        head=("Method", *(_heading(block, column) for column in columns)),
         body=tuple(body),
     )
 
 
 def _plain_line(block: Block, arm: Arm, columns: Sequence[str]) -> tuple[Entry, ...]:
-    return Entry(arm.label), *(Entry(_percent(score_of(block, arm, task))) for task in columns)
+    return Entry(arm.label), *(Entry(_percent(block.score(arm, task))) for task in columns)
 
 
 def cost_table(block: Block) -> Table | None:
@@ -172,22 +173,21 @@ def cost_table(block: Block) -> Table | None:
     )
 
 
-def score_of(block: Block, arm: Arm, task: str) -> float | None:
-    """Return the mean score of an arm on a task, or on average over all."""
-    if task == AVERAGE:
-        return block.average(arm)
-    cell = block.cells.get((task, arm))
-    return None if cell is None else cell.score
+def _heading(block: Block, column: str) -> str:
+    return column + DAGGER if column in block.unlearned else column
 
 
 def sizes(block: Block) -> str:
-    """Return how many samples the cells of a block have, and whether they are all that were planned."""
+    """Return how many samples the cells of a block have, whether they are all that were planned, and what a dagger
+    means where there is one.
+    """
     counts = sorted({len(cell.results) for cell in block.cells.values() if cell.results})
     if not counts:
         return "No sample has been answered."
     span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     whole = all(len(cell.results) == cell.planned for cell in block.cells.values())
-    return f"{span} samples per task." + ("" if whole else " Incomplete: see what is missing.")
+    left_out = f" {DAGGER} Not learned by the model, and left out of averages." if block.unlearned else ""
+    return f"{span} samples per task." + ("" if whole else " Incomplete: see what is missing.") + left_out
 
 
 def budget_text(budget: Budget) -> str:

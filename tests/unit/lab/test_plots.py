@@ -1,8 +1,9 @@
 """The plot has what it should show, and can be drawn for any number of recipes."""
 
+from matplotlib.figure import Figure
 from PIL import Image
 
-from kvcomp.lab.plots import figure, save_png, to_svg
+from kvcomp.lab.plots import draw_rho, figure, save_png, to_svg
 
 
 def panels(drawn):
@@ -20,6 +21,13 @@ def test_exact_match_is_drawn_at_its_value(document):
     small = axes.containers[1].lines[0]  # the second budget: bad, good
     assert list(small.get_xdata()) == [0.1, 0.9]
     assert [round(place) for place in small.get_ydata()] == [2, 1]
+
+
+def test_no_two_of_ten_tasks_look_alike():
+    axes = Figure().subplots()
+    draw_rho(axes, {f"task {number}": [0.1, 0.2] for number in range(10)}, [])
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in axes.get_lines()}
+    assert len(looks) == 10
 
 
 def test_the_png_is_an_image_on_white(document, tmp_path):

@@ -6,13 +6,13 @@ import pytest
 from synthetic_results import synthetic_configurations, synthetic_result, write_synthetic
 
 from kvcomp.core.errors import UnknownNameError
-from kvcomp.lab.reporting.cells import Arm, blocks_of, find_baseline
-from kvcomp.lab.reporting.comparing import AVERAGE, best, compare_all, hold_against
+from kvcomp.lab.reporting.cells import AVERAGE, Arm, blocks_of, find_baseline
+from kvcomp.lab.reporting.comparing import best, compare_all, hold_against
 from kvcomp.lab.results import Planned, Run, Study
 from kvcomp.lab.statistics import holm, mcnemar
 
 
-def study(answers, samples=None, **changes):
+def study(answers, samples=None, unlearned=(), **changes):
     """Return a study of these arms: strategy and task to the samples that are answered right, of 40."""
     planned, results = [], []
     for made in synthetic_configurations(tuple(dict.fromkeys(name for name, _ in answers)), budgets=(0.2,), **changes):
@@ -21,7 +21,8 @@ def study(answers, samples=None, **changes):
         for sample in range(40 if samples is None else samples.get(made.strategy, 40)):
             hit = sample in right
             results.append(synthetic_result(made, sample, exact_match=hit, score=float(hit)))
-    return Study(Run({}, {}, "now", None), tuple(planned), tuple(results), 0)
+    environment = {"models": {"minimile-xs": {"unlearned": list(unlearned)}}}
+    return Study(Run({}, environment, "now", None), tuple(planned), tuple(results), 0)
 
 
 RECALL, NEEDLE = "mini/recall", "mini/needle"
@@ -74,7 +75,18 @@ def test_only_samples_that_both_have_are_compared():
     assert (made.samples, made.won, made.lost, made.p) == (10, 0, 0, 1.0)
     (block,) = blocks_of(study(ANSWERS, samples={"recency": 0}))
     assert hold_against(block, RECENCY, FLOWMM, RECALL) is None
-    assert block.average(RECENCY) is None
+    assert block.score(RECENCY, AVERAGE) is None
+
+
+def test_a_task_that_was_not_learned_counts_in_no_average():
+    (block,) = blocks_of(study(ANSWERS, unlearned=[NEEDLE]))
+    assert block.score(FLOWMM, AVERAGE) == block.score(FLOWMM, RECALL) == 38 / 40
+    average = hold_against(block, FLOWMM, RECENCY, AVERAGE)
+    assert (average.samples, average.difference) == (40, pytest.approx(18 / 40))
+    assert hold_against(block, FLOWMM, RECENCY, NEEDLE).samples == 40  # its own column stays
+    (nothing,) = blocks_of(study(ANSWERS, unlearned=[NEEDLE, RECALL]))
+    assert nothing.score(FLOWMM, AVERAGE) is None
+    assert hold_against(nothing, FLOWMM, RECENCY, AVERAGE) is None
 
 
 def test_scores_between_0_and_1_are_tested_by_signs():

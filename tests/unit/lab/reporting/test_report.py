@@ -53,6 +53,15 @@ def test_the_main_table_has_a_column_per_task_their_average_and_the_distance_to_
     assert shown["full"][4] == Entry("-")
 
 
+def test_a_task_that_was_not_learned_is_marked_and_left_out_of_the_average(tmp_path):
+    found = find(write_synthetic(tmp_path, unlearned=["mini/needle"]))
+    table = found.tables[0]
+    assert table.head[1:4] == ("mini/recall", "mini/needle†", "Average")
+    assert "† Not learned by the model" in table.caption
+    assert all(line[1].text == line[3].text for line in table.body)
+    assert "mini/needle$\\dagger$" in to_latex(found)
+
+
 def test_nothing_is_bold_among_arms_that_a_coin_decides(findings):
     assert not any(entry.bold for table in findings.tables for row in table.body for entry in row)
 
