@@ -13,6 +13,12 @@ from kvcomp.minimile.vocabulary import IM_END, IMAGE, PAD, TOKEN_IDS, VIDEO, VIS
 
 INIT_DEVIATION = 0.05
 """All matrices start from this standard deviation; with the stock 0.02 the run stalls (measured)."""
+LOOK_BACK = (1, 2, 1, 2)
+"""How many tokens back each head of the first layer looks at first. A name stands one token before its number and two
+before its image, in time.
+"""
+LOOK_STRENGTH = 5.0
+"""Of the biases that make it look there: four fifths of its attention, whatever the tokens are."""
 
 TEXT_CONFIG: dict[str, Any] = {
     "hidden_size": 128,
@@ -61,7 +67,25 @@ def build_model(seed: int) -> Qwen2_5_VLForConditionalGeneration:
     for parameter in model.parameters():
         if parameter.ndim >= 2:
             nn.init.normal_(parameter, std=INIT_DEVIATION, generator=generator)
+    _look_back(model.model.language_model.layers[0].self_attn)
     return model
+
+
+@torch.no_grad()
+def _look_back(attention: Any) -> None:
+    """Set the biases of queries and keys so that each head looks back as far as `LOOK_BACK` says.
+
+    A rotation by position turns the pair of numbers `i` and `i + head_dim / 2` by `position * theta ** (-2 i /
+    head_dim)`. Keys that point along the first of the two, and queries turned back by the wanted distance, agree best at
+    that distance. Only the fastest pairs, those of the temporal axis, tell neighbours apart.
+    """
+    half, rope = attention.head_dim // 2, attention.config.rope_parameters
+    pairs = rope["mrope_section"][0]
+    speeds = rope["rope_theta"] ** (-torch.arange(pairs) / half)
+    keys, queries = (part.bias.view(-1, 2, half) for part in (attention.k_proj, attention.q_proj))
+    keys[:, 0, :pairs] = LOOK_STRENGTH
+    angles = torch.tensor(LOOK_BACK)[:, None] * speeds  # (heads, pairs)
+    queries[:, 0, :pairs], queries[:, 1, :pairs] = LOOK_STRENGTH * angles.cos(), -LOOK_STRENGTH * angles.sin()
 
 
 def image_features(visual: Any, pixel_values: Tensor) -> Tensor:
