@@ -76,8 +76,8 @@ def _look_back(attention: Any) -> None:
     """Set the biases of queries and keys so that each head looks back as far as `LOOK_BACK` says.
 
     A rotation by position turns the pair of numbers `i` and `i + head_dim / 2` by `position * theta ** (-2 i /
-    head_dim)`. Keys that point along the first of the two, and queries turned back by the wanted distance, agree best at
-    that distance. Only the fastest pairs, those of the temporal axis, tell neighbours apart.
+    head_dim)`. Keys that point along the first of the two, and queries turned back by the wanted distance, agree best
+    at that distance. Only the fastest pairs, those of the temporal axis, tell neighbours apart.
     """
     half, rope = attention.head_dim // 2, attention.config.rope_parameters
     pairs = rope["mrope_section"][0]
