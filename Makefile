@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-stamp
+FLOOR := .venv-floor
 JOBS ?= 2# test processes, one torch thread each
 ARGS ?=# passed on by demo, test, bench, studies and train
 TORCH_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow envelope families check format lint types docs docs-serve snippets package bench studies train clean
+.PHONY: help setup demo test test-slow floor envelope families check format lint types docs docs-serve snippets package bench studies train clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +32,17 @@ test: setup ## Run the tests (CPU, offline, minutes)
 
 test-slow: setup ## Run the tests that take longer
 	$(TORCH_ENV) $(BIN)/python -m pytest -q -n $(JOBS) -m 'slow and not gpu and not network' $(ARGS)
+
+floor: $(FLOOR)/.setup-stamp ## Run the tests marked `floor` with the oldest transformers that kvcomp works with
+	$(TORCH_ENV) $(FLOOR)/bin/python -m pytest -q -n $(JOBS) -m floor tests/integration $(ARGS)
+
+$(FLOOR)/.setup-stamp: $(STAMP) constraints-floor.txt
+	@echo 'Installing the oldest transformers into $(FLOOR); everything else is that of $(VENV).'
+	@rm -rf $(FLOOR) && $(BIN)/python -m venv $(FLOOR)
+	@packages='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		echo "import site; site.addsitedir('$$($(BIN)/python -c "$$packages")')" > "$$($(FLOOR)/bin/python -c "$$packages")/pinned.pth"
+	@$(FLOOR)/bin/python -m pip install --disable-pip-version-check --no-compile -q -r constraints-floor.txt
+	@touch $@
 
 envelope: setup ## Try every feature with every recipe on every family, and write what was found for the documentation
 	$(TORCH_ENV) $(BIN)/python -m kvcomp verify --model all --json $(ARGS) > $(VENV)/envelope.json; status=$$?; \
@@ -85,4 +97,4 @@ train: setup ## Train a testbed like minimile-xs (at most 100 minutes on two cor
 	$(BIN)/python -m kvcomp.minimile.training --out training-output/minimile-xs $(ARGS)
 
 clean: ## Remove everything that these targets made, .venv included
-	rm -rf $(VENV) site build dist demo-output studies-output benchmark-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FLOOR) site build dist demo-output studies-output benchmark-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import torch
+import transformers
 from oracles import flow_ratio
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
@@ -28,11 +29,20 @@ transformers' own cache.
 """
 TAKES_MORE_PER_TOKEN = {"qwen3-vl": "deepstack_visual_embeds", "gemma4": "per_layer_inputs"}
 """What the text model is given beside embeddings and positions, which a second pass does not know how to feed again."""
-missing = pytest.mark.skip(reason="this transformers does not have the family")
-families = pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if family.available else missing) for name, family in FAMILIES.items()],
-)
+CENTRAL = ("llama", "qwen2.5-vl", "internvl", "llava-1.5")
+METHODS = ("flowmm", "look-m", "d2o", "kvmerge", "h2o", "snapkv", "streaming-llm", "ada-kv", "pyramidkv")
+
+
+def marks_of(name):
+    missing = pytest.mark.skip(reason=f"transformers {transformers.__version__} does not have the family {name}")
+    return [] if FAMILIES[name].available else [missing]
+
+
+def is_central(name, recipe):
+    return name == CENTRAL[0] or (name in CENTRAL and recipe in METHODS)
+
+
+families = pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name)) for name in FAMILIES])
 
 
 @cache
@@ -92,6 +102,7 @@ def test_there_are_families_enough():
 
 
 @families
+@pytest.mark.floor
 def test_a_full_budget_is_stock_to_the_bit(name):
     inputs = FAMILIES[name].prompt(0)
     tokens, logits = generate(name, inputs)
@@ -101,6 +112,7 @@ def test_a_full_budget_is_stock_to_the_bit(name):
 
 
 @families
+@pytest.mark.floor
 def test_media_are_told_from_text(name):
     model, family = tiny(name), FAMILIES[name]
     inputs = family.prompt(0)
@@ -143,6 +155,7 @@ def test_every_other_modality_is_heterogeneous():
 
 
 @families
+@pytest.mark.floor
 def test_keys_are_turned_back_to_be_merged(name):
     inputs = FAMILIES[name].prompt(0)
     settings = {"merger": {"use": "unrotated", "merger": {"use": "mean"}}, "policy.threshold": 0.0}
@@ -180,9 +193,18 @@ def test_a_second_turn_follows_the_first(name):
     torch.testing.assert_close(logits, alone_logits, atol=5e-4, rtol=1e-3)
 
 
-@families
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
+def pairs():
+    """Return every family with every recipe; those that are tried with each transformers are marked."""
+    return [
+        pytest.param(
+            name, recipe, marks=[*marks_of(name), pytest.mark.floor if is_central(name, recipe) else pytest.mark.slow]
+        )
+        for name in FAMILIES
+        for recipe in RECIPES
+    ]
+
+
+@pytest.mark.parametrize(("name", "recipe"), pairs())
 def test_every_recipe_runs_on_every_family(name, recipe, record_property):
     if name in TAKES_MORE_PER_TOKEN and feeds_again(recipe):
         record_property("outcome", "refused")

@@ -5,6 +5,7 @@ import torch
 from inference import RECIPES, generate_compressed, generate_stock
 from models import image_inputs, text_inputs, tiny_llama, tiny_qwen3, tiny_qwen_vl
 
+pytestmark = pytest.mark.floor
 MODELS = {
     "llama": (tiny_llama, text_inputs(60)),
     "qwen3": (tiny_qwen3, text_inputs(60)),
