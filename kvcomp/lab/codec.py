@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
@@ -74,6 +75,16 @@ class Codec:
         """Return the text of tokens."""
         text: str = self.tokenizer.decode(ids)
         return text
+
+    @cached_property
+    def marks(self) -> frozenset[int]:
+        """Return the special tokens that a template may put around images: not those that begin, end or fill a text."""
+        tokenizer = self.tokenizer
+        return frozenset(tokenizer.all_special_ids) - {
+            tokenizer.bos_token_id,
+            tokenizer.eos_token_id,
+            tokenizer.pad_token_id,
+        }
 
     @property
     def counts_pixels(self) -> bool:

@@ -15,7 +15,8 @@ def locate(codec: Codec, sample: Sample, ids: Sequence[int], visual: Sequence[bo
     """Return the positions of the evidence, ascending.
 
     Text is found by tokenizing the prompt, images as runs of visual tokens; both are checked against the tokens that
-    the model is given. Images that touch one another are taken to be of one size.
+    the model is given. Images that touch one another are taken to be of one size. A whole image comes with the marks
+    that the template puts right before and right after it, since a model may gather there what the image shows.
 
     Args:
         codec: writes the prompt.
@@ -35,6 +36,8 @@ def locate(codec: Codec, sample: Sample, ids: Sequence[int], visual: Sequence[bo
     images = [number for number, found in enumerate(positions) if visual[found.start]]
     places = _places(sample, outline, images, codec.count_frame(sample))
     found = {place for span in sample.evidence for place in _span(span, sample, places, outline, positions)}
+    whole = [places[span.part] for span in sample.evidence if _is_whole_image(span, sample)]
+    found |= {place for image in whole for place in _marks(image, codec, outline, visual, positions)}
     return tuple(sorted(found))
 
 
@@ -93,3 +96,17 @@ def _span(
         for number, (start, stop) in enumerate(outline.offsets):
             if start < end and stop > begin:
                 yield from positions[number]
+
+
+def _is_whole_image(span: Span, sample: Sample) -> bool:
+    return not isinstance(sample.context[span.part], str) and (span.start, span.stop) == (0, None)
+
+
+def _marks(
+    place: tuple[int, int], codec: Codec, outline: Outline, visual: Sequence[bool], positions: Sequence[range]
+) -> Iterator[int]:
+    """Yield the positions of the marks around an image whose placeholder takes these characters of the outline."""
+    image = outline.offsets.index(place)
+    for token in (image - 1, image + 1):
+        if 0 <= token < len(outline.ids) and outline.ids[token] in codec.marks and not visual[positions[token].start]:
+            yield from positions[token]

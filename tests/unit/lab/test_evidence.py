@@ -10,9 +10,10 @@ from kvcomp.lab.evidence import locate
 from kvcomp.lab.tasks import Span
 from kvcomp.minimile.processor import build_processor
 from kvcomp.minimile.tasks import HARD_TASKS, TASKS
-from kvcomp.minimile.vocabulary import IMAGE, TOKEN_IDS, encode
+from kvcomp.minimile.vocabulary import IMAGE, TOKEN_IDS, VISION_END, VISION_START, encode
 
 RED = Image.new("RGB", (56, 56), "red")
+MARKED = [TOKEN_IDS[VISION_START], *[TOKEN_IDS[IMAGE]] * 4, TOKEN_IDS[VISION_END]]
 CONTEXT = ("number of riga 4 0 7 1 .", "oslo", RED, "oslo", RED)
 
 
@@ -35,10 +36,24 @@ def test_words_and_visual_tokens_are_counted_from_the_start_of_the_prompt(codec)
     # 0 <|im_start|>, 1 user, 2 number .. 9 ., 10 oslo, 11 start, 12 to 15, 16 end, 17 oslo, 18 start, 19 to 22, 23 end
     assert found(codec, Span(0)) == tuple(range(2, 10))
     assert found(codec, Span(0, 3, 7)) == (5, 6, 7, 8)
-    assert found(codec, Span(2)) == (12, 13, 14, 15)
+    assert found(codec, Span(2, 0, 4)) == (12, 13, 14, 15)
     assert found(codec, Span(4, 1, 3), Span(1)) == (10, 20, 21)
     assert found(codec, Span(3), Span(3)) == (17,)
     assert found(codec) == ()
+
+
+def test_a_whole_image_comes_with_its_marks(codec):
+    assert found(codec, Span(2)) == (11, 12, 13, 14, 15, 16)
+    assert found(codec, Span(4)) == (18, 19, 20, 21, 22, 23)
+    touching = ("oslo", RED, RED)  # 0 <|im_start|>, 1 user, 2 oslo, 3 to 8, 9 to 14
+    assert found(codec, Span(1), context=touching) == (3, 4, 5, 6, 7, 8)
+    assert found(codec, Span(2), context=touching) == (9, 10, 11, 12, 13, 14)
+
+
+def test_what_begins_or_ends_a_text_is_no_mark_of_an_image(codec):
+    special = {codec.tokenizer.pad_token_id, codec.tokenizer.eos_token_id}
+    assert special <= set(codec.tokenizer.all_special_ids)
+    assert not special & codec.marks
 
 
 def test_a_word_of_the_frame_is_not_taken_for_the_context(codec):
@@ -70,7 +85,7 @@ def test_the_evidence_of_every_task_is_what_its_spans_say(codec, task):
     expected = []
     for span in sample.evidence:
         part = sample.context[span.part]
-        expected += encode(part) if isinstance(part, str) else [TOKEN_IDS[IMAGE]] * 4
+        expected += encode(part) if isinstance(part, str) else MARKED
     assert [ids[place] for place in locate(codec, sample, *prompt(codec, sample))] == expected
 
 
