@@ -43,7 +43,9 @@ def watched(model: PreTrainedModel) -> Iterator[Seen]:
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
         layer = module.layer_idx
-        seen.queries[layer], seen.keys[layer], seen.values[layer] = query[0], key[0], value[0]
+        usual = query.shape[-1] ** -0.5  # the oracles' own; Gemma's is another
+        seen.queries[layer] = query[0] * (kwargs.get("scaling", usual) / usual)
+        seen.keys[layer], seen.values[layer] = key[0], value[0]
         seen.output[layer] = module.o_proj.weight.detach()
         if layer in seen.hidden:
             hidden = seen.hidden[layer].repeat_interleave(query.shape[1] // key.shape[1], dim=0)
@@ -65,11 +67,25 @@ def watched(model: PreTrainedModel) -> Iterator[Seen]:
 
 @dataclass
 class Prefilled:
-    """A prompt in a stock cache: what the text model was given, and at which positions `(axes, tokens)`."""
+    """A prompt in a stock cache: what the text model was given, and at which positions `(axes, tokens)`.
+
+    Per token: its features of each layer that takes any (Qwen3-VL's images), what every layer is given of it (Gemma 4).
+    """
 
     cache: DynamicCache
     embeddings: Tensor
     positions: Tensor
+    features: dict[int, list[Tensor]]
+    every_layer: Tensor | None
+
+    def more(self, first: int, end: int) -> dict[str, Any]:
+        """What the text model is given of some tokens beside embeddings and positions."""
+        given: dict[str, Any] = {}
+        if self.features:
+            marked = [place in self.features for place in range(first, end)]
+            layers = zip(*(self.features[place] for place in range(first, end) if place in self.features), strict=True)
+            given = {"visual_pos_masks": torch.tensor([marked]), "deepstack_visual_embeds": [*map(torch.stack, layers)]}
+        return given if self.every_layer is None else given | {"per_layer_inputs": self.every_layer[:, first:end]}
 
 
 def prefill(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Prefilled:
@@ -86,7 +102,11 @@ def prefill(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Prefilled:
     positions = given["position_ids"]
     if positions is None:
         positions = torch.arange(embeddings.shape[1])[None]
-    return Prefilled(cache, embeddings, positions[-3:, 0] if positions.dim() == 3 else positions)
+    marks = given.get("visual_pos_masks")
+    places = [] if marks is None else marks[0].nonzero()[:, 0].tolist()
+    features = {place: [layer[rank] for layer in given["deepstack_visual_embeds"]] for rank, place in enumerate(places)}
+    positions = positions[-3:, 0] if positions.dim() == 3 else positions
+    return Prefilled(cache, embeddings, positions, features, given.get("per_layer_inputs"))
 
 
 def reconstruction(
@@ -112,8 +132,13 @@ def reconstruction(
             first = max(0, start - overlap)
             # "The model is given a request to repeat, then the chunk": the request here is given by its ids.
             asked = model.get_input_embeddings()(torch.tensor([instruction], dtype=torch.long))
-            fed = torch.cat([asked, prompt.embeddings[:, first : start + chunk]], dim=1)
-            place = prompt.positions[:, first : start + chunk]
+            end = min(start + chunk, tokens)
+            more = prompt.more(first, end)
+            if "visual_pos_masks" in more:
+                unmarked = torch.zeros(1, len(instruction), dtype=torch.bool)
+                more["visual_pos_masks"] = torch.cat([unmarked, more["visual_pos_masks"]], dim=1)
+            fed = torch.cat([asked, prompt.embeddings[:, first:end]], dim=1)
+            place = prompt.positions[:, first:end]
             place = place - place.min() + following + len(instruction)
             place = torch.cat([(following + torch.arange(len(instruction))).expand(len(place), -1), place], dim=1)
             with torch.no_grad():
@@ -121,9 +146,12 @@ def reconstruction(
                     inputs_embeds=fed,
                     position_ids=place[:, None] if len(place) > 1 else place,
                     past_key_values=copy.deepcopy(prompt.cache),  # what one chunk adds is gone before the next
+                    **more,
                 )
             for layer in range(len(seen.queries)):
-                found = largest_received(seen.queries[layer], seen.keys[layer], tokens, seen.hidden.get(layer))
+                found = []
+                if seen.keys[layer].shape[1] == tokens + fed.shape[1]:  # else its window slides
+                    found = largest_received(seen.queries[layer], seen.keys[layer], tokens, seen.hidden.get(layer))
                 if layer == len(scores):
                     scores.append(found)
                 scores[layer] = [

@@ -15,13 +15,14 @@ from kvcomp.core.errors import UnsupportedModelError, UnsupportedUseError
 from kvcomp.core.strategy import Strategy
 from kvcomp.runtime.adapter import ModelAdapter
 from kvcomp.runtime.compression import LayerCompression
+from kvcomp.runtime.fed import Fed
 from kvcomp.runtime.fixed import check_reserve, check_steady
 from kvcomp.runtime.incoming import check_attended, check_incoming, check_positions, check_room, new_token_count
 from kvcomp.runtime.layer import NO_DRAFTS, CompressedCacheLayer
 from kvcomp.runtime.report import Report, report_layers
 from kvcomp.runtime.rotary import RotaryColumns
 from kvcomp.runtime.schedule import Schedule
-from kvcomp.runtime.second_pass import fed_tokens, second_pass
+from kvcomp.runtime.second_pass import second_pass
 from kvcomp.runtime.snapshots import Snapshot
 from kvcomp.runtime.trace import Watcher
 from kvcomp.runtime.turns import next_turn_arguments
@@ -96,7 +97,7 @@ class CompressedCache(Cache):
         self._under_way = False  # whether the text model, or a compression, has begun and not ended
         self._schedule = Schedule(strategy)
         self._repeats = any(observation.repeat() for observation in self.observations)
-        self.fed: tuple[Tensor, ...] = ()  # what a second pass feeds again
+        self.fed: tuple[Fed, ...] = ()  # what a second pass feeds again
         super().__init__(layers=[self.compressed_layers.get(number, layer) for number, layer in enumerate(stock)])
 
     @property
@@ -293,7 +294,7 @@ class CompressedCache(Cache):
         """
         pending = {number: layer for number, layer in self.compressed_layers.items() if layer.pending}
         if self._repeats and pending:
-            self.fed = (*self.fed, fed_tokens(inputs))
+            self.fed = (*self.fed, Fed.of(inputs))
             if self.serves:
                 self._repeat(pending)
             elif not self.defer:

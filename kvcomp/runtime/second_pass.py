@@ -17,54 +17,25 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kvcomp.core.errors import UnsupportedUseError
 from kvcomp.core.interfaces import Observation
 from kvcomp.core.types import Repeat
+from kvcomp.runtime.fed import Fed
 from kvcomp.runtime.fixed import LAYER_ATTRIBUTE
 from kvcomp.runtime.forward import Forward, Logits, observe_forwards
 from kvcomp.runtime.layer import CompressedCacheLayer
 from kvcomp.runtime.masks import over_slots, with_mass
 from kvcomp.runtime.slots import SlotTable, new_tokens
 
-# What a text model is given per token that is known: fed again, made anew, or read by nothing below the outer model.
-UNDERSTOOD = frozenset(
-    (
-        *("input_ids", "inputs_embeds", "position_ids", "attention_mask", "cache_position"),
-        *("token_type_ids", "mm_token_type_ids", "labels"),
-    )
-)
-
-
-def fed_tokens(inputs: Mapping[str, Any]) -> Tensor:
-    """Return what a forward of the text model was given for its tokens: ids `(batch, tokens)`, or embeddings
-    `(batch, tokens, hidden)`.
-
-    Raises:
-        UnsupportedUseError: it was given more, which nothing says how to feed again.
-    """
-    tensors = {name for name, value in inputs.items() if _holds_tensors(value)}
-    if foreign := sorted(tensors - UNDERSTOOD):
-        raise UnsupportedUseError(
-            "a second pass feeds ids or embeddings and positions to the text model once more, and this model takes "
-            f"{', '.join(foreign)} as well; use a scorer without a second pass"
-        )
-    tokens: Tensor = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-    return tokens
-
-
-def _holds_tensors(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, list | tuple) and any(map(_holds_tensors, value)))
-
 
 def second_pass(
-    decoder: nn.Module, cache_layers: Sequence[Any], fed: Sequence[Tensor], pending: Mapping[int, CompressedCacheLayer]
+    decoder: nn.Module, cache_layers: Sequence[Any], fed: Sequence[Fed], pending: Mapping[int, CompressedCacheLayer]
 ) -> None:
     """Give each layer the statistics of a second pass that it wants, `layer.repeated`.
 
     Args:
         decoder: the text model.
         cache_layers: of the cache; what they hold is not changed.
-        fed: what the forwards since the last compression were given, as `fed_tokens` returns it.
+        fed: what the forwards since the last compression were given.
         pending: the layers that wait for their compression, by their number in the cache.
     """
     with torch.no_grad():
@@ -120,13 +91,13 @@ class Chunk:
     """Some tokens of each row, its own first ones first, so that a row in a batch is cut as it is alone.
 
     Attributes:
-        inputs: `(batch, tokens)` ids or `(batch, tokens, hidden)` embeddings.
+        inputs: what is fed.
         positions: `(axes, batch, tokens)` int64.
         valid: `(batch, tokens)` bool, false after the end of a row.
         modality: `(batch, tokens)` int8.
     """
 
-    inputs: Tensor
+    inputs: Fed
     positions: Tensor
     valid: Tensor
     modality: Tensor
@@ -137,7 +108,7 @@ class Context:
     """What is fed once more, and the cache that it attends to.
 
     Attributes:
-        inputs: of the tokens since the last compression, `(batch, tokens)` or `(batch, tokens, hidden)`.
+        inputs: what was fed since the last compression.
         table: of the same tokens.
         next_positions: `(axes, batch)`, of the token that would follow the last valid one of each row.
         order: `(batch, tokens)`, the valid tokens first.
@@ -146,26 +117,27 @@ class Context:
 
     decoder: nn.Module
     cache_layers: Sequence[Any]
-    inputs: Tensor
+    inputs: Fed
     table: SlotTable
     next_positions: Tensor
     order: Tensor
     lengths: Tensor
 
     @classmethod
-    def of(cls, decoder: nn.Module, cache_layers: Sequence[Any], fed: Sequence[Tensor]) -> Context:
+    def of(cls, decoder: nn.Module, cache_layers: Sequence[Any], fed: Sequence[Fed]) -> Context:
         """Return the context that these forwards made."""
-        inputs = _joined(decoder, fed)
+        inputs = Fed.joined(decoder, fed)
+        batch, tokens = inputs.tokens.shape[:2]
         layer = _first(cache_layers)
-        table = layer.whole_table().map(lambda entry: entry[:, :1, -inputs.shape[1] :])
-        valid = table.valid[:, 0].expand(inputs.shape[0], -1)
+        table = layer.whole_table().map(lambda entry: entry[:, :1, -tokens:])
+        valid = table.valid[:, 0].expand(batch, -1)
         largest = table.positions[:, :, 0].masked_fill(~valid, -1).amax(dim=(0, 2))  # whatever pads come after it
         return cls(
             decoder,
             cache_layers,
             inputs,
             table,
-            next_positions=(largest.long() + 1).expand(table.positions.shape[0], inputs.shape[0]),
+            next_positions=(largest.long() + 1).expand(table.positions.shape[0], batch),
             order=(~valid).to(torch.uint8).argsort(dim=-1, stable=True),
             lengths=valid.sum(dim=-1),
         )
@@ -180,13 +152,12 @@ class Context:
             yield self._instructed(chunk, repeat.instruction) if repeat.instruction else chunk
 
     def _chunk(self, index: Tensor, valid: Tensor) -> Chunk:
-        wide = index if self.inputs.dim() == 2 else index[..., None].expand(-1, -1, self.inputs.shape[2])
         positions = torch.stack([axis[:, 0].expand_as(self.order).gather(1, index) for axis in self.table.positions])
         positions = positions.long()
         first = positions.masked_fill(~valid, torch.iinfo(torch.int64).max).amin(dim=(0, 2))  # (batch,)
         shifted = positions - first[:, None] + self.next_positions[..., None]
         modality = self.table.modality[:, 0].expand_as(self.order).gather(1, index)
-        return Chunk(self.inputs.gather(1, wide), shifted.masked_fill(~valid, 0), valid, modality)
+        return Chunk(self.inputs.at(index), shifted.masked_fill(~valid, 0), valid, modality)
 
     def _instructed(self, chunk: Chunk, instruction: tuple[int, ...]) -> Chunk:
         """Return the chunk behind an instruction, which is text."""
@@ -195,7 +166,7 @@ class Context:
         before = self.next_positions[..., None] + torch.arange(count, device=ids.device)
         asked = chunk.valid.any(dim=-1, keepdim=True).expand(-1, count)
         return Chunk(
-            torch.cat([ids if chunk.inputs.dim() == 2 else _embedded(self.decoder, ids), chunk.inputs], dim=1),
+            chunk.inputs.behind(ids, self.decoder),
             torch.cat([before, chunk.positions + count], dim=2),
             torch.cat([asked, chunk.valid], dim=1),
             torch.cat([torch.zeros_like(ids, dtype=torch.int8), chunk.modality], dim=1),
@@ -211,7 +182,7 @@ class Context:
         others = [probes.get(number) or copy.deepcopy(layer) for number, layer in enumerate(self.cache_layers)]
         positions = chunk.positions if len(chunk.positions) > 1 else chunk.positions[0]
         self.decoder(
-            **{"input_ids" if chunk.inputs.dim() == 2 else "inputs_embeds": chunk.inputs},
+            **chunk.inputs.arguments(),
             attention_mask=self._mask(chunk),
             position_ids=positions,
             past_key_values=Cache(layers=others),
@@ -232,18 +203,6 @@ class Context:
         if not layer.trimmed:  # else the slots of each layer know which of them are filled
             before = layer.whole_table().valid[:, 0].expand(batch, -1)
         return torch.cat([before, chunk.valid], dim=1).long()
-
-
-def _joined(decoder: Any, fed: Sequence[Tensor]) -> Tensor:
-    """Return the tokens of several forwards as one, as embeddings where any of them were."""
-    if any(tokens.dim() != fed[0].dim() for tokens in fed):
-        fed = [_embedded(decoder, tokens) if tokens.dim() == 2 else tokens for tokens in fed]
-    return torch.cat(list(fed), dim=1) if len(fed) > 1 else fed[0]
-
-
-def _embedded(decoder: Any, ids: Tensor) -> Tensor:
-    embedded: Tensor = decoder.get_input_embeddings()(ids)
-    return embedded
 
 
 def _first(cache_layers: Sequence[Any]) -> CompressedCacheLayer:

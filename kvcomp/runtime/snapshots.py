@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from kvcomp.core.strategy import Strategy
+from kvcomp.runtime.fed import Fed
 from kvcomp.runtime.layer import CompressedCacheLayer
 
 # What a layer is, beside its storage. All of it is replaced when it changes, never changed in place.
@@ -86,10 +87,10 @@ class Snapshot:
     strategy: Strategy
     compressed: Mapping[int, LayerSnapshot]
     others: Mapping[int, Any]
-    fed: tuple[Tensor, ...]
+    fed: tuple[Fed, ...]
 
     @classmethod
-    def of(cls, layers: list[Any], strategy: Strategy, fed: tuple[Tensor, ...]) -> Snapshot:
+    def of(cls, layers: list[Any], strategy: Strategy, fed: tuple[Fed, ...]) -> Snapshot:
         """Return a snapshot of all layers of a cache, and of what waits to be fed again."""
         pairs = list(enumerate(layers))
         return cls(

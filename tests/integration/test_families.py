@@ -9,7 +9,7 @@ from oracles import flow_ratio
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import kvcomp
-from kvcomp.core.errors import BudgetError, UnsupportedModelError, UnsupportedUseError
+from kvcomp.core.errors import BudgetError, UnsupportedModelError
 from kvcomp.core.registry import registry
 from kvcomp.core.types import Modality
 from kvcomp.runtime.adapter import adapter_for
@@ -27,8 +27,6 @@ TURNS_DIFFER_UPSTREAM = {"paligemma"}
 """The tokens of a prompt see one another, so two turns are not one long prompt; they are held against two turns with
 transformers' own cache.
 """
-TAKES_MORE_PER_TOKEN = {"qwen3-vl": "deepstack_visual_embeds", "gemma4": "per_layer_inputs"}
-"""What the text model is given beside embeddings and positions, which a second pass does not know how to feed again."""
 CENTRAL = ("llama", "qwen2.5-vl", "internvl", "llava-1.5")
 METHODS = ("flowmm", "look-m", "d2o", "kvmerge", "h2o", "snapkv", "streaming-llm", "ada-kv", "pyramidkv")
 
@@ -77,10 +75,6 @@ def compressed(name, inputs, recipe, budget=0.4):
 
 def rows_of(name):
     return [FAMILIES[name].prompt(seed) for seed in (0, 1)]
-
-
-def feeds_again(recipe):
-    return any(observation.repeat() for observation in kvcomp.strategy(recipe).observations)
 
 
 def check_rows(name, recipe):
@@ -193,25 +187,17 @@ def test_a_second_turn_follows_the_first(name):
     torch.testing.assert_close(logits, alone_logits, atol=5e-4, rtol=1e-3)
 
 
-def pairs():
-    """Return every family with every recipe; those that are tried with each transformers are marked."""
-    return [
-        pytest.param(
-            name, recipe, marks=[*marks_of(name), pytest.mark.floor if is_central(name, recipe) else pytest.mark.slow]
-        )
-        for name in FAMILIES
-        for recipe in RECIPES
-    ]
+def every_pair():
+    """Every recipe with every family; those that are tried with each transformers are marked."""
+    for name in FAMILIES:
+        for recipe in RECIPES:
+            when = pytest.mark.floor if is_central(name, recipe) else pytest.mark.slow
+            yield pytest.param(recipe, name, marks=[*marks_of(name), when])
 
 
-@pytest.mark.parametrize(("name", "recipe"), pairs())
-def test_every_recipe_runs_on_every_family(name, recipe, record_property):
-    if name in TAKES_MORE_PER_TOKEN and feeds_again(recipe):
-        record_property("outcome", "refused")
-        with pytest.raises(UnsupportedUseError, match=TAKES_MORE_PER_TOKEN[name]):
-            check_rows(name, recipe)
-    else:
-        check_rows(name, recipe)
+@pytest.mark.parametrize(("recipe", "name"), list(every_pair()))
+def test_every_recipe_runs_on_every_family(recipe, name):
+    check_rows(name, recipe)
 
 
 LATENT = {

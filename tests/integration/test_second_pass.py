@@ -12,12 +12,14 @@ from inference import generate, left_padded, right_padded
 from models import image_inputs, text_inputs, tiny_llama, tiny_qwen3, tiny_qwen_vl
 
 import kvcomp
+from kvcomp.testing.families import FAMILIES
 
 MODELS = {
     "llama": (tiny_llama, text_inputs(31)),
     "qwen3": (tiny_qwen3, text_inputs(31)),
     "qwen2.5-vl": (tiny_qwen_vl, image_inputs(images=2, between=4)),
 }
+TAKE_MORE = ("qwen3-vl", "gemma4")  # beside embeddings and positions
 ONCE = {
     "whole": {},
     "chunks": {"chunk": 7},
@@ -39,7 +41,7 @@ def prefill(model, inputs, strategy, **settings) -> kvcomp.CompressedCache:
 
 def in_float64(family: str):
     """The model, its attention eager, and its inputs."""
-    build, inputs = MODELS[family]
+    build, inputs = MODELS[family] if family in MODELS else (FAMILIES[family].model, FAMILIES[family].prompt(0))
     model = build().double()
     model.set_attn_implementation("eager")
     return model, {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
@@ -68,6 +70,46 @@ def test_scores_and_kept_indices_are_those_of_the_oracle(family, attention, way)
         torch.testing.assert_close(largest[0].double(), torch.tensor(expected).double(), rtol=1e-4, atol=1e-6)
         for head in range(2):
             assert layer.indices[0, head].tolist() == oracles_recon.kept(expected[head], slots)
+
+
+@pytest.mark.parametrize(("family", "way"), [(family, way) for family in TAKE_MORE for way in ("whole", "overlapping")])
+def test_what_a_model_takes_beside_embeddings_is_fed_again(family, way):
+    model, inputs = FAMILIES[family].model(), FAMILIES[family].prompt(0)
+    cache = prefill(model, inputs, recipe(**ONCE[way]), budget={"tokens": 5000})
+    expected = oracle(family, way)
+    for number, layer in cache.compressed_layers.items():
+        (largest,) = layer.carried.values()
+        largest = largest.unflatten(1, (2, -1)).amax(dim=2)
+        torch.testing.assert_close(largest[0].double(), torch.tensor(expected[number]).double(), rtol=1e-4, atol=1e-6)
+
+
+def test_an_instruction_is_text_and_brings_no_features():
+    model, inputs = FAMILIES["qwen3-vl"].model(), FAMILIES["qwen3-vl"].prompt(0)
+    cache = prefill(model, inputs, recipe(**ONCE["instructed"]), budget={"tokens": 5000})
+    for layer, expected in zip(cache.layers, oracle("qwen3-vl", "instructed"), strict=True):
+        (largest,) = layer.carried.values()
+        largest = largest.unflatten(1, (2, -1)).amax(dim=2)
+        torch.testing.assert_close(largest[0].double(), torch.tensor(expected).double(), rtol=1e-4, atol=1e-6)
+    gemma, inputs = FAMILIES["gemma4"].model(), FAMILIES["gemma4"].prompt(0)
+    with pytest.raises(kvcomp.UnsupportedUseError, match="leave out the scorer's instruction"):
+        prefill(gemma, inputs, recipe(**ONCE["instructed"]))
+
+
+@pytest.mark.parametrize("family", TAKE_MORE)
+def test_what_was_fed_in_two_forwards_is_fed_again_as_one(family):
+    """The second turn has no picture: its tokens have no features, and it may be computed from other inputs."""
+    model, inputs = FAMILIES[family].model(), FAMILIES[family].prompt(0)
+    more, kept = torch.tensor([[7, 8, 9, 10]]), []
+    for turns in (1, 2):
+        with kvcomp.compress(model, recipe(), defer=True) as cache, torch.no_grad():
+            if turns == 1:
+                model(**FAMILIES[family].longer(inputs, more), past_key_values=cache)
+            else:
+                model(**inputs, past_key_values=cache)
+                model(input_ids=more, past_key_values=cache)
+            cache.finish()
+        kept.append([layer.indices for layer in cache.compressed_layers.values()])
+    assert all(map(torch.equal, *kept))
 
 
 def test_sinks_are_kept_in_the_budget():
@@ -337,9 +379,9 @@ def test_a_text_model_that_takes_more_than_embeddings_is_refused():
     with (
         kvcomp.compress(model, recipe()) as cache,
         torch.no_grad(),
-        pytest.raises(kvcomp.UnsupportedUseError, match="takes deepstack_visual_embeds as well"),
+        pytest.raises(kvcomp.UnsupportedUseError, match="takes something_else as well"),
     ):
-        model.get_decoder()(**text_inputs(40), past_key_values=cache, deepstack_visual_embeds=[torch.zeros(1, 64)])
+        model.get_decoder()(**text_inputs(40), past_key_values=cache, something_else=[torch.zeros(1, 64)])
 
 
 def test_beams_start_from_the_compressed_cache():
