@@ -12,8 +12,6 @@ import kvcomp
 from kvcomp.core.registry import registry
 from kvcomp.lab import Sample, Task
 from kvcomp.lab.tasks import Span
-from kvcomp.minimile.model import build_model
-from kvcomp.minimile.processor import build_processor
 
 NAMES = ("lisbon", "oslo", "rome", "lima")
 
@@ -49,13 +47,6 @@ def register_fake_tasks() -> None:
 
 def unregister_fake_tasks() -> None:
     registry.unregister("fake-tasks")
-
-
-def save_model(folder: Path) -> Path:
-    """Write a random model with its processor."""
-    build_model(0).eval().save_pretrained(folder)
-    build_processor().save_pretrained(folder)
-    return folder
 
 
 def write_file(path: Path, **settings: Any) -> Path:

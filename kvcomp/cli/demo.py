@@ -17,8 +17,8 @@ from kvcomp.cli.testbeds import TESTBED, find_tasks, tasks_beside
 from kvcomp.core.errors import ConfigError, InputError
 from kvcomp.core.registry import registry
 from kvcomp.lab.compare import Comparison, grid
+from kvcomp.lab.comparison_page import format_rho, render_report
 from kvcomp.lab.document import Document, make_document, summarize, verdict
-from kvcomp.lab.html import format_rho, render_report
 from kvcomp.lab.plots import save_png
 from kvcomp.lab.records import TaskRecord, read_records
 from kvcomp.lab.tasks import Task

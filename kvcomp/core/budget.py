@@ -17,8 +17,6 @@ from kvcomp.core.errors import BudgetError
 SPELLINGS = "a ratio in (0, 1] such as 0.2, {tokens: 512} (or '512t'), or {bytes: 64MiB} (or '64MiB')"
 BYTE_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
-BudgetLike = "Budget | float | str | Mapping[str, Any]"
-
 
 @dataclass(frozen=True)
 class Budget:

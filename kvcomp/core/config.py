@@ -27,8 +27,6 @@ DEFAULT_PARTS = {
     "store": "dense",
 }
 
-StrategyLike = "Strategy | str | Path | Mapping[str, Any]"
-
 
 def strategy(
     source: Strategy | str | Path | Mapping[str, Any],

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from kvcomp.core.interfaces import Store
 from kvcomp.core.storage import SlotStorage
 from kvcomp.core.types import Guide, SlotForm
 from kvcomp_strategies.pieces import (
@@ -285,3 +287,52 @@ def _taken(run: Run, places: Tensor) -> Run | None:
     index = torch.searchsorted(run.heads, places[new])
     keys, values = mapped((run.keys, run.values), lambda tensor: tensor.index_select(0, index.to(tensor.device)))
     return replace(run, heads=new, keys=keys, values=values)
+
+
+class CodedStore(Store):
+    """A store that codes slots one by one in `bits`, or in as many as the bytes of the budget leave room for.
+
+    Attributes:
+        bits: of a code; by default the budget decides.
+        evict: let a budget that is too small for every token evict.
+    """
+
+    prefill_only = ANEW
+
+    bits: Literal[1, 2, 4, 8] | None = None
+    evict: bool = False
+
+    @property
+    def shrinks(self) -> bool:
+        """Return that slots take fewer bytes."""
+        return True
+
+    @property
+    def fits(self) -> bool:
+        """Return whether the bytes decide."""
+        return self.bits is None
+
+    @property
+    def evicts(self) -> bool:
+        """Return whether as many tokens stay as can be held."""
+        return self.evict
+
+    def open(self, reserve: int | None = None) -> CodedStorage:
+        """Return an empty storage. It takes no room in advance: codes grow by whole blocks."""
+        return CodedStorage(self)
+
+    @abstractmethod
+    def setting(self, slots: int, limit: int | None, form: SlotForm) -> Hashable:
+        """See `Coder`."""
+
+    def extras(self, guide: Guide) -> Tensor | None:
+        """Return that nothing more is needed; see `Coder`."""
+        return None
+
+    @abstractmethod
+    def encode(self, heads: Heads, setting: Any) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
+        """See `Coder`."""
+
+    @abstractmethod
+    def settle(self, run: Run) -> Run:
+        """See `Coder`."""

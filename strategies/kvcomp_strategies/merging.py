@@ -1,11 +1,25 @@
-"""Sums along the edges of an assignment."""
+"""Sums along the edges of an assignment, and a merger inside another one."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from pydantic import AfterValidator
 from torch import Tensor
 
+from kvcomp.core.interfaces import Merger
 from kvcomp.core.types import Assignment, LayerView, Pivots
+
+
+def _merges(merger: Merger) -> Merger:
+    if "merging" not in merger.gives():
+        raise ValueError(f"must be a merger that merges, and {merger.use!r} does not")
+    return merger
+
+
+MergingMerger = Annotated[Merger, AfterValidator(_merges)]
+"""A merger that another one changes the keys or values of, so it must change some."""
 
 
 def received_weight(assignment: Assignment, slots: int, per_source: Tensor | None = None) -> Tensor:

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BITS = (1, 2, 4, 8)  # those that divide a byte
 TOKENS, CHANNELS = -2, -1  # the axis along which numbers share a scale
 
 

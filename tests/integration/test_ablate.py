@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ablations import Echo, register_fake_tasks, save_model, unregister_fake_tasks, write_file
+from ablations import Echo, register_fake_tasks, unregister_fake_tasks, write_file
+from commands import save_untrained
 from typer.testing import CliRunner
 
 from kvcomp.cli.ablate import read_plan
@@ -36,6 +37,7 @@ TESTS = Path(__file__).parents[1]
 RUN = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
+from commands import save_untrained
 from ablations import register_fake_tasks
 register_fake_tasks()
 from kvcomp.cli.app import app
@@ -45,7 +47,7 @@ app()
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "tiny")
+    return save_untrained(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,14 +1,16 @@
 """`kvcomp bench` from the command line, in the shape of a tiny configuration."""
 
 import json
+from functools import partial
 
+import commands
 import pytest
 from models import TEXT
 from transformers import LlamaConfig
-from typer.testing import CliRunner
 
-from kvcomp.cli import app
 from kvcomp.lab.bench import Bench
+
+call = partial(commands.call, "bench")
 
 
 @pytest.fixture(scope="module")
@@ -16,10 +18,6 @@ def shape(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shape")
     LlamaConfig(**TEXT).save_pretrained(folder)
     return folder
-
-
-def call(*arguments):
-    return CliRunner().invoke(app, ["bench", *map(str, arguments)])
 
 
 def test_a_quick_run_is_a_table_a_file_and_a_picture(shape, tmp_path):

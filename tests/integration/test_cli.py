@@ -8,28 +8,20 @@ import sys
 
 import pytest
 import yaml
+from commands import call, save_untrained
 from models import TEXT
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
 import kvcomp
-from kvcomp.cli import app
 from kvcomp.core.about import About
 from kvcomp.core.registry import registry
-from kvcomp.lab.threads import torch_threads
-from kvcomp.minimile.model import build_model
-from kvcomp.minimile.processor import build_processor
 
 KINDS = {
     *("recipe", "policy", "allocator", "scorer", "selector", "matcher", "merger", "store", "observation"),
     *("adapter", "task", "testbed"),
 }
-
-
-def call(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def process(*arguments):
@@ -38,19 +30,10 @@ def process(*arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with torch_threads(1):
-        yield
-
-
 @pytest.fixture(scope="module")
 def vision_model(tmp_path_factory):
     """An untrained model that takes images, with its processor, in a folder."""
-    folder = tmp_path_factory.mktemp("vision") / "untrained-xs"
-    build_model(0).save_pretrained(folder)
-    build_processor().save_pretrained(folder)
-    return folder
+    return save_untrained(tmp_path_factory.mktemp("vision") / "untrained-xs")
 
 
 @pytest.fixture(scope="module")

@@ -6,23 +6,20 @@ import hashlib
 import io
 import json
 import tarfile
+from functools import partial
 
+import commands
 import pytest
 from fake_hub import serve
 from milebench_folders import ALFRED, record, write_seven, write_task
 from PIL import Image
-from typer.testing import CliRunner
 
-from kvcomp.cli import app
 from kvcomp.core.registry import registry
 from kvcomp.lab.milebench import archives, open_folder
 from kvcomp.lab.milebench.archives import Archive
 
+call = partial(commands.call, "tasks")
 TASKS = [entry.name for entry in registry.entries("task")]
-
-
-def call(*arguments):
-    return CliRunner().invoke(app, ["tasks", *map(str, arguments)])
 
 
 # --- list ---

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from commands import save_untrained
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -14,8 +15,6 @@ from kvcomp.core.errors import InputError
 from kvcomp.core.registry import registry
 from kvcomp.lab import Sample, Task
 from kvcomp.lab.records import TaskRecord
-from kvcomp.minimile.model import build_model
-from kvcomp.minimile.processor import build_processor
 from kvcomp.minimile.tasks import TASKS
 
 RECIPES = ("flowmm", "random", "streaming-llm")
@@ -42,9 +41,7 @@ class Slow(Colour):
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     """A package that brings a testbed and two tasks for it."""
-    folder = tmp_path_factory.mktemp("beds") / "untrained"
-    build_model(0).save_pretrained(folder)
-    build_processor().save_pretrained(folder)
+    folder = save_untrained(tmp_path_factory.mktemp("beds") / "untrained")
 
     class Plugin:
         @kvcomp.hookimpl

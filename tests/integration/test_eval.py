@@ -1,19 +1,17 @@
 """`kvcomp eval` from the command line, with an untrained model of the testbed's shape."""
 
-import json
+from functools import partial
 
+import commands
 import pytest
-from typer.testing import CliRunner
+from commands import save_untrained
 
 import kvcomp
-from kvcomp.cli import app
 from kvcomp.core.registry import registry
 from kvcomp.lab.records import TaskRecord, write_records
-from kvcomp.lab.threads import torch_threads
-from kvcomp.minimile.model import build_model
-from kvcomp.minimile.processor import build_processor
 from kvcomp.minimile.tasks import TASKS
 
+call, document = partial(commands.call, "eval"), partial(commands.document, "eval")
 IDS = sorted(task.id for task in TASKS)
 RECORD = TaskRecord(exact_match=0.99, ci=(0.97, 1.0), samples=300, reference_tokens=213, learned=True)
 
@@ -21,27 +19,9 @@ RECORD = TaskRecord(exact_match=0.99, ci=(0.97, 1.0), samples=300, reference_tok
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """An untrained model with its processor, said to have learned one task and not another."""
-    folder = tmp_path_factory.mktemp("beds") / "untrained"
-    build_model(0).save_pretrained(folder)
-    build_processor().save_pretrained(folder)
+    folder = save_untrained(tmp_path_factory.mktemp("beds") / "untrained")
     write_records(folder, {"recall": RECORD, "order": RECORD.model_copy(update={"learned": False})})
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with torch_threads(1):
-        yield
-
-
-def call(*arguments):
-    return CliRunner().invoke(app, ["eval", *map(str, arguments)])
-
-
-def document(*arguments):
-    result = call(*arguments, "--json")
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
 
 
 def test_all_is_the_ten_tasks_and_their_rows_say_what_is_learned(folder):

@@ -1,8 +1,11 @@
 """`kvcomp eval --data`: tasks from a folder, asked from the command line."""
 
 import json
+from functools import partial
 
+import commands
 import pytest
+from commands import save_untrained
 from milebench_folders import record, write_seven, write_task
 from typer.testing import CliRunner
 
@@ -11,28 +14,17 @@ from kvcomp.core.registry import registry
 from kvcomp.lab.controls import find_method
 from kvcomp.lab.evaluation import Evaluation
 from kvcomp.lab.testbed import load_testbed
-from kvcomp.lab.threads import torch_threads
-from kvcomp.minimile.model import build_model
-from kvcomp.minimile.processor import build_processor
 
+call, document = partial(commands.call, "eval"), partial(commands.document, "eval")
 EXPORTED = ("recall", "order", "clevr_change")
 TRAINED = registry.find("testbed", "minimile-xs").value
 LABELS = ("task", "metric", "exact_match", "ci", "score", "slot_accuracy", "slots", "learned", "max_new_tokens")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with torch_threads(1):
-        yield
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """An untrained model with its processor."""
-    folder = tmp_path_factory.mktemp("beds") / "untrained"
-    build_model(0).save_pretrained(folder)
-    build_processor().save_pretrained(folder)
-    return folder
+    return save_untrained(tmp_path_factory.mktemp("beds") / "untrained")
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +35,6 @@ def seven(tmp_path_factory):
         root, "TQA", [record(0, "{image#1}?", ["0.png"], "a", choice_list=["a", "b"])], question_type="multi-choice"
     )
     return root
-
-
-def call(*arguments):
-    return CliRunner().invoke(app, ["eval", *map(str, arguments)])
-
-
-def document(*arguments):
-    result = call(*arguments, "--json")
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
 
 
 def test_exported_samples_get_the_scores_of_the_direct_evaluation(tmp_path):

@@ -1,32 +1,24 @@
 """`kvcomp inspect` from the command line to the page, and the page in a browser."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 from browser import Tab, needs_chromium, opened
+from commands import call, save_untrained
 from PIL import Image
-from typer.testing import CliRunner
 
-from kvcomp.cli import app
 from kvcomp.core.registry import registry
-from kvcomp.minimile.model import build_model
-from kvcomp.minimile.processor import build_processor
 
+inspect = partial(call, "inspect")
 BOTH = ("--strategy", "flowmm", "--strategy", "h2o", "--budget", "0.3")
-
-
-def inspect(*arguments: object):
-    return CliRunner().invoke(app, ["inspect", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """An untrained model of the testbed's shape."""
-    folder = tmp_path_factory.mktemp("beds") / "untrained"
-    build_model(0).save_pretrained(folder)
-    build_processor().save_pretrained(folder)
-    return folder
+    return save_untrained(tmp_path_factory.mktemp("beds") / "untrained")
 
 
 @pytest.fixture(scope="module")

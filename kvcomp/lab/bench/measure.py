@@ -247,10 +247,6 @@ class Bench:
         )
 
 
-def _stages(runs: Sequence[Timing]) -> dict[str, float]:
-    return {name: statistics.median(run.stages[name] for run in runs) for name in STAGES}
-
-
 def _overhead(runs: Sequence[Timing], stock: Sequence[Timing]) -> dict[str, float]:
     pairs = list(zip(runs, stock, strict=True))
     return {name: statistics.median(run.stages[name] / other.prefill for run, other in pairs) for name in STAGES}

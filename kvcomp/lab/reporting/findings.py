@@ -69,7 +69,13 @@ class Findings:
 
     @property
     def state(self) -> str:
-        """Return whether the results are complete, in one sentence."""
+        """Return whether the results are complete, and whether the folder holds others."""
+        stale = self.study.stale
+        others = f" Besides, the folder holds {stale:,} of another plan, model or version, left out here."
+        return self._complete + (others if stale else "")
+
+    @property
+    def _complete(self) -> str:
         if self.planned == self.answered:
             return f"All {self.planned:,} answers are there."
         lacking = len(self.missing)

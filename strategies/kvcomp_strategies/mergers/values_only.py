@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from kvcomp.core.interfaces import Merger
 from kvcomp.core.types import Assignment, LayerView, Pivots
 from kvcomp_strategies.mergers.pivot_mean import PivotMean
+from kvcomp_strategies.merging import MergingMerger
 
 
 class ValuesOnly(Merger, use="values-only"):
@@ -21,14 +22,7 @@ class ValuesOnly(Merger, use="values-only"):
         merger: how values are merged.
     """
 
-    merger: Merger = Field(default=PivotMean())
-
-    @field_validator("merger")
-    @classmethod
-    def _merges(cls, merger: Merger) -> Merger:
-        if "merging" not in merger.gives():
-            raise ValueError(f"must be a merger that merges, and {merger.use!r} does not")
-        return merger
+    merger: MergingMerger = Field(default=PivotMean())
 
     @property
     def convex(self) -> frozenset[str]:

@@ -9,11 +9,9 @@ from kvcomp.core.interfaces import Observation
 from kvcomp.core.types import AttentionBlock, Modality
 
 
-class PostVisionSums(Observation, use="post-vision"):
-    """Column sums of the attention rows after the last token that is no text, `(batch, heads, tokens)` float32.
-
-    VL-Cache's token statistic (arXiv:2410.23317). Where no query is an image, or none comes after the last one, the
-    last queries stand in for those after it.
+class AfterVision(Observation):
+    """Of the attention rows after the last token that is no text. Where no query is an image, or none comes after the
+    last one, the last queries stand in for those.
 
     Attributes:
         window: how many of the last queries that are.
@@ -29,6 +27,17 @@ class PostVisionSums(Observation, use="post-vision"):
     def rows(self, valid: Tensor, modality: Tensor) -> Tensor:
         """Return the queries after the last image."""
         return rows_after_vision(valid, modality, self.window)
+
+
+class PostVisionSums(AfterVision, use="post-vision"):
+    """Column sums of the attention rows after the last token that is no text, `(batch, heads, tokens)` float32.
+
+    VL-Cache's token statistic (arXiv:2410.23317). Where no query is an image, or none comes after the last one, the
+    last queries stand in for those after it.
+
+    Attributes:
+        window: how many of the last queries that are.
+    """
 
     def update(self, state: Tensor | None, block: AttentionBlock) -> Tensor:
         """Return the sums with the block's rows added."""

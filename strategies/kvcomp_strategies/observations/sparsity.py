@@ -6,14 +6,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kvcomp.core.interfaces import Observation
 from kvcomp.core.types import AttentionBlock
-from kvcomp_strategies.observations.post_vision import rows_after_vision
+from kvcomp_strategies.observations.post_vision import AfterVision
 
 Counts = tuple[Tensor, Tensor]  # entries that count, and entries, each (batch, heads) int64
 
 
-class Sparsity(Observation, use="sparsity"):
+class Sparsity(AfterVision, use="sparsity"):
     """VL-Cache's sparsity per query head, `(batch, heads)` float32: of the entries of the attention rows after the last
     image, the share that is below a part of the largest of their row.
 
@@ -26,16 +25,6 @@ class Sparsity(Observation, use="sparsity"):
     """
 
     threshold: float = Field(default=0.01, gt=0.0, lt=1.0)
-    window: int = Field(default=32, ge=1)
-
-    @property
-    def latest(self) -> int:
-        """Return how many of the last queries stand in where those of an image are no longer among them."""
-        return self.window
-
-    def rows(self, valid: Tensor, modality: Tensor) -> Tensor:
-        """Return the queries after the last image."""
-        return rows_after_vision(valid, modality, self.window)
 
     def update(self, state: Counts | None, block: AttentionBlock) -> Counts:
         """Return the counts with the block's rows added."""

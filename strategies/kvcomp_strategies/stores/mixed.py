@@ -11,9 +11,9 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor
 
-from kvcomp.core.interfaces import Observation, Store
+from kvcomp.core.interfaces import Observation
 from kvcomp.core.types import Guide, SlotForm
-from kvcomp_strategies.coding import ANEW, CodedStorage, Heads, Run
+from kvcomp_strategies.coding import CodedStore, Heads, Run
 from kvcomp_strategies.observations.query_peaks import QueryPeaks
 from kvcomp_strategies.pieces import Code, Coded, Piece, Plain, Tiered, cut, held, high_first, owned, packed_tier
 from kvcomp_strategies.quantization import CHANNELS
@@ -31,7 +31,7 @@ class Mix:
     high: int
 
 
-class MixedStore(Store, use="mixed"):
+class MixedStore(CodedStore, use="mixed"):
     """Hold the slots with the best scores precisely and the others in a few bits per token.
 
     MiKV (arXiv:2402.18096; no official code was found): instead of evicting the tokens that H2O would, hold them in
@@ -56,38 +56,16 @@ class MixedStore(Store, use="mixed"):
         evict: let a budget that is too small for every token evict.
     """
 
-    prefill_only = ANEW
     requires = frozenset({"scores"})
 
-    bits: Literal[1, 2, 4, 8] | None = None
     important: float = Field(default=0.2, ge=0.0, le=1.0)
     important_bits: Literal[8] | None = None
     group: int = Field(default=32, ge=1)
     recent: int = Field(default=32, ge=1)
-    evict: bool = False
-
-    @property
-    def shrinks(self) -> bool:
-        """Return that slots take fewer bytes."""
-        return True
-
-    @property
-    def fits(self) -> bool:
-        """Return whether the bytes decide."""
-        return self.bits is None
-
-    @property
-    def evicts(self) -> bool:
-        """Return whether as many tokens stay as can be held."""
-        return self.evict
 
     def observations(self) -> tuple[Observation, ...]:
         """Return the peaks of the queries."""
         return (QueryPeaks(),)
-
-    def open(self, reserve: int | None = None) -> CodedStorage:
-        """Return an empty storage. It takes no room in advance."""
-        return CodedStorage(self)
 
     def smallest(self, slots: Tensor, form: SlotForm) -> Tensor:
         """Return the bytes with 2 bits and nothing precise; with given bits, the bytes that this many slots take."""

@@ -10,9 +10,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from kvcomp.core.interfaces import Store
-from kvcomp.core.types import Guide, SlotForm
-from kvcomp_strategies.coding import ANEW, CodedStorage, Heads, Run
+from kvcomp.core.types import SlotForm
+from kvcomp_strategies.coding import CodedStore, Heads, Run
 from kvcomp_strategies.pieces import Code, Coded, Piece, Plain, cut, held, owned
 from kvcomp_strategies.quantization import CHANNELS, TOKENS
 
@@ -37,7 +36,7 @@ class Precision:
     held_values: int
 
 
-class QuantizedStore(Store, use="quantized"):
+class QuantizedStore(CodedStore, use="quantized"):
     """Hold keys per channel and values per token in a few bits, and a window of recent slots as they are.
 
     KIVI (arXiv:2402.02750; jy-yuan/KIVI, `models/llama_kivi.py`, `quant/new_pack.py`): `group` slots of one channel of
@@ -72,41 +71,18 @@ class QuantizedStore(Store, use="quantized"):
         evict: let a budget that is too small for every token evict.
     """
 
-    prefill_only = ANEW
-
-    bits: Literal[1, 2, 4, 8] | None = None
     group: int = Field(default=32, ge=1)
     residual: int = Field(default=32, ge=1)
     window: Literal["sliding", "block"] = "sliding"
     rank: int = Field(default=0, ge=0)
     decode_rank: int = Field(default=0, ge=0)
     outliers: float = Field(default=0.0, ge=0.0, lt=1.0)
-    evict: bool = False
 
     @model_validator(mode="after")
     def _whole_blocks(self) -> QuantizedStore:
         if self.residual % self.group:
             raise ValueError(f"residual must be a multiple of group, got residual={self.residual}, group={self.group}")
         return self
-
-    @property
-    def shrinks(self) -> bool:
-        """Return that slots take fewer bytes."""
-        return True
-
-    @property
-    def fits(self) -> bool:
-        """Return whether the bytes decide."""
-        return self.bits is None
-
-    @property
-    def evicts(self) -> bool:
-        """Return whether as many tokens stay as can be held."""
-        return self.evict
-
-    def open(self, reserve: int | None = None) -> CodedStorage:
-        """Return an empty storage. It takes no room in advance: codes grow by blocks."""
-        return CodedStorage(self)
 
     def smallest(self, slots: Tensor, form: SlotForm) -> Tensor:
         """Return the bytes with the fewest bits and the shortest window; with given bits and no eviction, the bytes
@@ -125,10 +101,6 @@ class QuantizedStore(Store, use="quantized"):
         if limit is None or limit >= slots * form.slot_bytes:
             return None
         return _fitted(self, slots, limit, form)
-
-    def extras(self, guide: Guide) -> Tensor | None:
-        """Return that nothing more is needed."""
-        return None
 
     def encode(self, heads: Heads, setting: Precision) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
         """Return codes of the older slots, and the recent ones."""

@@ -8,7 +8,6 @@ from PIL import Image
 from kvcomp.lab import LoadedTestbed, Sample, Task
 from kvcomp.lab.codec import Codec
 from kvcomp.lab.tasks import Span
-from kvcomp.lab.threads import torch_threads
 from kvcomp.minimile.model import build_model
 from kvcomp.minimile.processor import build_processor
 
@@ -36,12 +35,6 @@ class Echo(Task):
             evidence=(Span(2), Span(3, 1, 3)),
             slots=(1,),
         )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with torch_threads(1):
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kvcomp_strategies.quantization import (
-    BITS,
     CHANNELS,
     TOKENS,
     dequantize,
@@ -23,6 +22,7 @@ from kvcomp_strategies.quantization import (
 )
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BITS = (1, 2, 4, 8)
 FILLS = ("normal", "extreme", "zero", "equal", "offset", "tiny")
 
 

@@ -1,7 +1,9 @@
 """Tables, figures and pages of a report, from results that a seed made."""
 
 import csv
+import html
 import re
+from dataclasses import replace
 
 import pytest
 from pages import parse
@@ -127,6 +129,13 @@ def test_a_killed_run_makes_a_report_that_says_what_is_missing(tmp_path):
     assert "0 of 280" in none.state
     assert none.tables == ()
     assert parse(to_html(none)).text
+
+
+def test_results_of_another_plan_are_counted_and_left_out(findings):
+    assert "left out" not in findings.state
+    earlier = replace(findings, study=replace(findings.study, stale=1200))
+    assert earlier.state.endswith("the folder holds 1,200 of another plan, model or version, left out here.")
+    assert earlier.state in html.unescape(to_html(earlier))
 
 
 def test_what_was_refused_is_named_with_its_reason(tmp_path):

@@ -5,7 +5,7 @@ import re
 
 from pages import parse
 
-from kvcomp.lab.html import format_rho, render_report
+from kvcomp.lab.comparison_page import format_rho, render_report
 
 
 def test_the_page_shows_every_recipe_budget_and_task(document):

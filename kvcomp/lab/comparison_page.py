@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from kvcomp.lab.document import Document, Line, budgets, ranked, rho_by_task, summarize, thresholds, verdict
+from kvcomp.lab.page import render_page
 from kvcomp.lab.plots import to_svg
-
-STYLESHEET = Path(__file__).with_name("report.css")
 
 
 def render_report(document: Document) -> str:
@@ -24,13 +22,7 @@ def render_report(document: Document) -> str:
         _method(document),
         _details(document),
     )
-    return (
-        "<!doctype html>\n"
-        '<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(_title(document))}</title>\n<style>\n{STYLESHEET.read_text(encoding='utf-8')}</style>\n</head>\n"
-        f"<body>\n<main>\n{''.join(sections)}</main>\n{_footer(document)}</body>\n</html>\n"
-    )
+    return render_page(_title(document), "".join(sections), end=_footer(document))
 
 
 def _title(document: Document) -> str:
