@@ -109,6 +109,16 @@ def test_readme_names_every_recipe():
     assert [name for name in recipes if f"`{name}`" not in text] == []
 
 
+def test_readme_shows_the_averages_of_the_results_page():
+    """There the average stands in front of the last column, and the two tables follow each other."""
+    page = (DOCS / "explanation" / "results.md").read_text().split("## Table 1")[1].split("\n## ")[0]
+    averages = re.findall(r"^\| `(\S+)` \|.*\| \**([\d.]+)\**(?: ▼)? \| [^|]+\|$", page, re.MULTILINE)
+    half = len(averages) // 2
+    found = [(name, seen, dict(averages[half:])[name]) for name, seen in averages[:half]]
+    readme = (ROOT / "README.md").read_text()
+    assert sorted(re.findall(r"^\| `([^`]+)`.* \| ([\d.]+) \| ([\d.]+) \|$", readme, re.MULTILINE)) == sorted(found)
+
+
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_relative_links_of_the_root_pages_lead_somewhere(name: str):
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / name).read_text())
