@@ -10,19 +10,26 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kvcomp.lab.plots import INK, MARKERS, draw_rho
-from kvcomp.lab.reporting.cells import AVERAGE, FULL, Arm, Block, Cell, unique
-from kvcomp.lab.reporting.comparing import Comparison, hold_against
+from kvcomp.lab.reporting.cells import FULL, Block, Cell, unique
+from kvcomp.lab.reporting.comparing import hold_against
+from kvcomp.lab.reporting.figure_rows import (
+    Row,
+    alignments,
+    arm_row,
+    bare_comparison_row,
+    depth_rows,
+    pareto_rows,
+    rho_by_layer,
+    score_rows,
+)
 from kvcomp.lab.reporting.tables import budget_text
 from kvcomp.lab.reporting.texts import plain
-from kvcomp.lab.results import Result
-from kvcomp.lab.statistics import bootstrap, mean
+from kvcomp.lab.statistics import mean
 
 COLOURS = ("#d9622b", "#2f74c0", "#2a9d72", "#7a4fb5", "#c2447e", "#b8860b", "#5d8aa8", "#8b929c")
 LINES = ("-", "--", ":", "-.")
 MOST_COLUMNS = 4
-MOST_DEPTHS = 12
 NAME = 28  # characters of a name on a figure
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +61,7 @@ def plots_of(block: Block) -> Iterator[Plot]:
 
 def budget_plot(block: Block) -> Plot | None:
     """Return score against budget, a panel per task and a curve per strategy (the paper's Figure 4)."""
-    rows = [row for row in _score_rows(block) if row["low"] is not None]
+    rows = [row for row in score_rows(block) if row["low"] is not None]
     if len({row["budget"] for row in rows if isinstance(row["budget"], float)} - {1.0}) < 2:
         return None
 
@@ -78,7 +85,7 @@ def budget_plot(block: Block) -> Plot | None:
 
 def rho_plot(block: Block) -> Plot | None:
     """Return rho over the layers, a line per task, and thresholds (the paper's Figure 3, left)."""
-    known = {task: rho for task in block.tasks if (rho := _rho(block, task))}
+    known = {task: rho for task in block.tasks if (rho := rho_by_layer(block, task))}
     if not known:
         return None
     limits = sorted({cell.policy["threshold"] for cell in block.cells.values() if _is_number(cell, "threshold")})
@@ -101,13 +108,13 @@ def alignment_plot(block: Block) -> Plot | None:
     """Return merging that follows the flow against merging that defies it, per task (the paper's Figure 3, right)."""
     made = [
         (task, made)
-        for aligned, misaligned in _alignments(block)
+        for aligned, misaligned in alignments(block)
         for task in block.tasks
         if (made := hold_against(block, aligned, misaligned, task)) is not None
     ]
     if not made:
         return None
-    rows = [_comparison_row(block, found) for _, found in made]
+    rows = [bare_comparison_row(block, found) for _, found in made]
 
     def draw() -> Figure:
         figure = Figure(figsize=(6.5, 0.9 + 0.32 * len(made)), layout="constrained")
@@ -132,7 +139,7 @@ def alignment_plot(block: Block) -> Plot | None:
 
 def pareto_plot(block: Block) -> Plot | None:
     """Return average score against bytes held, and the arms that no other beats in both."""
-    rows = _pareto_rows(block)
+    rows = pareto_rows(block)
     if len(rows) < 2:
         return None
 
@@ -172,7 +179,7 @@ def time_plot(block: Block) -> Plot | None:
         seconds = [cell.mean(lambda result: result.decode_seconds) for cell in block.column(arm)]
         value = mean(seconds)
         if value is not None and isinstance(arm.budget, float):
-            rows.append(_arm_row(block, arm) | {"decode_milliseconds": 1e3 * value})
+            rows.append(arm_row(block, arm) | {"decode_milliseconds": 1e3 * value})
     if len({row["budget"] for row in rows}) < 2:
         return None
 
@@ -195,7 +202,7 @@ def time_plot(block: Block) -> Plot | None:
 
 def depth_plot(block: Block) -> Plot | None:
     """Return a heat map per task with depths: score by arm and by how deep the evidence stands."""
-    rows = list(_depth_rows(block))
+    rows = list(depth_rows(block))
     tasks = unique(row["task"] for row in rows)
     if not tasks:
         return None
@@ -213,99 +220,6 @@ def depth_plot(block: Block) -> Plot | None:
 
     caption = "Mean score in percent by depth of the evidence in the context, from its beginning (0) to its end (1)."
     return Plot(f"depth {_suffix(block)}", f"Score by depth: {block.title}", caption, tuple(rows), draw)
-
-
-# --- rows ---
-
-
-def _arm_row(block: Block, arm: Arm) -> Row:
-    return {"model": block.model, "query_mode": block.query_mode, "strategy": arm.label, "budget": arm.budget}
-
-
-def _score_rows(block: Block) -> Iterator[Row]:
-    for (task, arm), cell in block.cells.items():
-        if cell.results:
-            low, high = bootstrap([cell.scores])
-            numbers = {"samples": len(cell.results), "score": cell.score, "low": low, "high": high}
-            yield _arm_row(block, arm) | {"task": task} | numbers
-
-
-def _pareto_rows(block: Block) -> list[Row]:
-    rows = []
-    for arm in block.arms:
-        shares, score = [cell.share_of_bytes for cell in block.column(arm)], block.score(arm, AVERAGE)
-        share = mean(shares)
-        if score is not None and share is not None:
-            rows.append(_arm_row(block, arm) | {"share_of_bytes": share, "score": score})
-    return [row | {"front": not any(_beats(other, row) for other in rows)} for row in rows]
-
-
-def _results(block: Block) -> Iterator[Result]:
-    return (result for cell in block.cells.values() for result in cell.results.values())
-
-
-def _beats(other: Row, row: Row) -> bool:
-    fewer, more = other["share_of_bytes"] - row["share_of_bytes"], other["score"] - row["score"]
-    return bool(fewer <= 0 and more >= 0 and (fewer < 0 or more > 0))
-
-
-def _depth_rows(block: Block) -> Iterator[Row]:
-    """Yield the mean score at each depth; depths of which there are many are taken together by tenths."""
-    found = {round(result.depth, 2) for result in _results(block) if result.depth is not None}
-    digits = 2 if len(found) <= MOST_DEPTHS else 1
-    for (task, arm), cell in block.cells.items():
-        by_depth: dict[float, list[float]] = {}
-        for result in cell.results.values():
-            if result.depth is not None:
-                by_depth.setdefault(round(result.depth, digits), []).append(result.score)
-        for depth, scores in sorted(by_depth.items()):
-            numbers = {"depth": depth, "samples": len(scores), "score": sum(scores) / len(scores)}
-            yield _arm_row(block, arm) | {"task": task} | numbers
-
-
-def comparison_row(block: Block, made: Comparison) -> Row:
-    """Return a comparison as a row of a table, its p-value after correction."""
-    return _comparison_row(block, made) | {"p_holm": made.corrected}
-
-
-def _comparison_row(block: Block, made: Comparison) -> Row:
-    return _arm_row(block, made.arm) | {
-        "task": made.task,
-        "against": made.against.label,
-        "against_budget": made.against.budget,
-        "samples": made.samples,
-        "difference": made.difference,
-        "low": made.low,
-        "high": made.high,
-        "won": made.won,
-        "lost": made.lost,
-        "test": made.test,
-        "p": made.p,
-    }
-
-
-def _rho(block: Block, task: str) -> list[float]:
-    """Return rho per layer of the first arm that measured it: it is measured before anything is compressed."""
-    for (name, _), cell in block.cells.items():
-        measured = [result.rho for result in cell.results.values() if result.rho]
-        if name == task and measured:
-            layers = [mean(layer) for layer in zip(*measured, strict=True)]
-            known = [value for value in layers if value is not None]
-            if len(known) == len(layers):
-                return known
-    return []
-
-
-def _alignments(block: Block) -> Iterator[tuple[Arm, Arm]]:
-    """Yield pairs of an arm whose policy follows the flow and one that does the opposite, at the same budget."""
-    uses = {arm: cell.policy.get("use") for (_, arm), cell in block.cells.items()}
-    for misaligned, use in uses.items():
-        if use != "misaligned":
-            continue
-        for aligned, other in uses.items():
-            same = aligned.budget == misaligned.budget and misaligned.label.startswith(aligned.label)
-            if same and other == "flow-guided":
-                yield aligned, misaligned
 
 
 def _is_number(cell: Cell, name: str) -> bool:

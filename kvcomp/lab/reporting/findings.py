@@ -9,7 +9,8 @@ from typing import Any
 
 from kvcomp.lab.reporting.cells import FULL, Arm, Block, blocks_of, find_baseline
 from kvcomp.lab.reporting.comparing import Comparison, compare_all
-from kvcomp.lab.reporting.figures import Plot, comparison_row, plots_of
+from kvcomp.lab.reporting.figure_rows import comparison_row
+from kvcomp.lab.reporting.figures import Plot, plots_of
 from kvcomp.lab.reporting.tables import (
     Table,
     ablation_tables,
