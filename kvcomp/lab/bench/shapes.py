@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +31,16 @@ VISUAL_SHARE = 0.5
 """How much of a prompt stands for images where the model takes any."""
 
 
-def _llama_6l_64() -> Any:
+def _llama(layers: int, heads: int, kv_heads: int, head_dim: int, **sizes: int) -> Any:
     return LlamaConfig(
-        vocab_size=1024,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=64,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        hidden_size=heads * head_dim,
         max_position_embeddings=131072,
         eos_token_id=None,
-    )
-
-
-def _llama_3_1_8b() -> Any:
-    return LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=131072,
-        eos_token_id=None,
+        **sizes,
     )
 
 
@@ -85,8 +71,8 @@ _SMALL_VISION: dict[str, Any] = {
 """Stands in for the vision tower, which no benchmark here runs: visual tokens enter as embeddings."""
 
 SHAPES: Mapping[str, Callable[[], Any]] = {
-    "llama-6l-64": _llama_6l_64,
-    "llama-3.1-8b": _llama_3_1_8b,
+    "llama-6l-64": partial(_llama, 6, 8, 2, 64, intermediate_size=1408, vocab_size=1024),
+    "llama-3.1-8b": partial(_llama, 32, 32, 8, 128, intermediate_size=14336, vocab_size=128256),
     "qwen2.5-7b": _qwen2_5_7b,
     "qwen2.5-vl-7b": _qwen2_5_vl_7b,
 }
