@@ -23,18 +23,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-TEXT = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
+from kvcomp.testing.families.family import TEXT as FAMILY_TEXT
+
+TEXT = FAMILY_TEXT | {"vocab_size": 96}
 IMAGE_TOKEN, VISION_START, VISION_END = 90, 91, 92
 
 

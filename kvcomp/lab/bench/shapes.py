@@ -31,7 +31,7 @@ VISUAL_SHARE = 0.5
 """How much of a prompt stands for images where the model takes any."""
 
 
-def _llama(layers: int, heads: int, kv_heads: int, head_dim: int, **sizes: int) -> Any:
+def _llama(layers: int, heads: int, kv_heads: int, head_dim: int, **sizes: Any) -> Any:
     return LlamaConfig(
         num_hidden_layers=layers,
         num_attention_heads=heads,
