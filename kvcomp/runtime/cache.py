@@ -26,6 +26,7 @@ from kvcomp.runtime.second_pass import second_pass
 from kvcomp.runtime.snapshots import Snapshot
 from kvcomp.runtime.trace import Watcher
 from kvcomp.runtime.turns import next_turn_arguments
+from kvcomp.runtime.weights import Sample
 
 
 class CompressedCache(Cache):
@@ -39,6 +40,7 @@ class CompressedCache(Cache):
         config: the model's configuration.
         adapter: knows which tokens are what.
         decoder: gives the text model while it runs the attention function that the cache needs, else None.
+        weights: gives a sample of the model's weights, empty once the model is gone.
         defer: compress at `finish()` or at the first forward of one token, as if all chunks had been one.
         reserve: slots of room that each layer takes at the first decoded token.
         serves: strategies whose caches go on from a snapshot of this one, which looks for them and compresses nothing.
@@ -57,6 +59,7 @@ class CompressedCache(Cache):
         config: Any,
         adapter: ModelAdapter,
         decoder: Callable[[], nn.Module | None],
+        weights: Callable[[], Sample],
         *,
         defer: bool = False,
         reserve: int | None = None,
@@ -73,6 +76,7 @@ class CompressedCache(Cache):
         self.config = config
         self.adapter = adapter
         self.decoder = decoder
+        self.weights = weights
         self.defer = defer
         self.reserve = reserve
         self.serves = tuple(serves)

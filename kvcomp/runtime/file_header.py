@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvcomp.core.errors import InputError
+from kvcomp.runtime.weights import Sample, differing
 
 FORMAT: Literal["kvcomp-cache-2"] = "kvcomp-cache-2"
 MOST_COLUMNS = 2**31 - 1  # columns are int32
@@ -32,6 +33,7 @@ class ModelRecord(Record):
         config: digest of its configuration.
         kv_heads, head_dim: of its keys.
         dtype: of the slots.
+        weights: a sample of them, as `sample_weights` gives it; empty where it is not known.
     """
 
     name: str
@@ -39,6 +41,7 @@ class ModelRecord(Record):
     kv_heads: int = Field(ge=1)
     head_dim: int = Field(ge=1)
     dtype: str
+    weights: list[float | None] = Field(default_factory=list)
 
 
 class LogRecord(Record):
@@ -101,8 +104,10 @@ def parse_header(text: str | None, path: Any) -> Header:
         raise InputError(f"the header of a saved cache must be as kvcomp wrote it: {path}: {faults}") from None
 
 
-def describe(config: Any, dtype: torch.dtype | None = None) -> ModelRecord:
-    """Return what a cache must fit of a model, given its configuration and the dtype of its slots."""
+def describe(config: Any, dtype: torch.dtype, weights: Sample) -> ModelRecord:
+    """Return what a cache must fit of a model, given its configuration, the dtype of its slots and a sample of its
+    weights.
+    """
     text = config.get_text_config(decoder=True)
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -112,6 +117,7 @@ def describe(config: Any, dtype: torch.dtype | None = None) -> ModelRecord:
         kv_heads=kv_heads,
         head_dim=head_dim,
         dtype=str(dtype),
+        weights=weights,
     )
 
 
@@ -120,8 +126,16 @@ def digest(config: Mapping[str, Any]) -> str:
 
     >>> digest({"hidden_size": 8, "dtype": "float32"}) == digest({"hidden_size": 8, "dtype": "bfloat16"})
     True
+
+    Raises:
+        InputError: it holds what has no text that is the same in every process.
     """
-    text = json.dumps(_essential(config), sort_keys=True, default=str)
+    try:
+        text = json.dumps(_essential(config), sort_keys=True)
+    except TypeError as error:
+        raise InputError(
+            f"a model's configuration must hold what JSON can hold for its cache to be saved or loaded: {error}"
+        ) from None
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -132,20 +146,20 @@ def _essential(value: Any) -> Any:
     return [_essential(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def check_model(saved: ModelRecord, config: Any, layers: int, held: int, path: Any) -> None:
+def check_model(saved: ModelRecord, here: ModelRecord, layers: int, held: int, path: Any, *, weights: bool) -> None:
     """Raise where a cache is of another model.
 
     Args:
         saved: what the header says.
-        config: of the model.
+        here: what it would say of the model.
         layers: of the cache in the file.
         held: layers of a cache of the model.
         path: of the file.
+        weights: whether they must be the same too.
 
     Raises:
         InputError: everything that differs.
     """
-    here = describe(config)
     faults = [f"{layers} layers, and the model has {held}"] if layers != held else []
     for field, meaning in (("kv_heads", "KV heads"), ("head_dim", "numbers per head")):
         if getattr(saved, field) != getattr(here, field):
@@ -156,4 +170,10 @@ def check_model(saved: ModelRecord, config: Any, layers: int, held: int, path: A
         raise InputError(
             f"a saved cache must be loaded with the model that made it, and {path} is of another one "
             f"({saved.name or 'without a name'}): {'; '.join(faults)}"
+        )
+    if weights and (changed := differing(saved.weights, here.weights, rounded=saved.dtype != here.dtype)):
+        raise InputError(
+            f"a saved cache must be loaded with the weights that made it, and {path} was made by others: {changed} of "
+            f"{len(here.weights)} parameters differ. Load those, or call load_cache(path, model, same_weights=False) "
+            "if the keys and values are meant for this model"
         )

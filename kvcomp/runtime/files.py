@@ -58,7 +58,7 @@ def save_cache(cache: CompressedCache, path: Path) -> None:
         records.append(_record(layer, data))
     header = Header(
         kvcomp=__version__,
-        model=describe(cache.config, layers[0].dtype),
+        model=describe(cache.config, layers[0].dtype, cache.weights()),
         strategy=cache.strategy.dump(),
         layers=records,
         rotary=_save_rotary(layers, tensors),
@@ -74,15 +74,22 @@ def saved_strategy(path: Path) -> Strategy:
     return strategy(_open(path, tensors=False)[0].strategy)
 
 
-def fill_cache(cache: CompressedCache, path: Path, model: Any) -> None:
+def fill_cache(cache: CompressedCache, path: Path, model: Any, *, same_weights: bool) -> None:
     """Fill an empty cache from a file, each layer on the device of the model's layer, in the model's dtype.
+
+    Args:
+        cache: of the model.
+        path: of the file.
+        model: whose cache it is to be.
+        same_weights: whether it must have made the cache, and not one with the same configuration.
 
     Raises:
         InputError: the file is not of this cache's model, or damaged.
     """
     header, tensors = _open(path)
     layers = cache.compressed_layers
-    check_model(header.model, model.config, len(header.layers), len(layers), path)
+    here = describe(model.config, model.dtype, cache.weights())
+    check_model(header.model, here, len(header.layers), len(layers), path, weights=same_weights)
     dtype = model.dtype if header.model.dtype != str(model.dtype) else None
     if dtype is not None and any(record.storage is not None for record in header.layers):
         raise InputError(

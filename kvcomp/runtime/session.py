@@ -25,6 +25,7 @@ from kvcomp.runtime.files import fill_cache, saved_strategy
 from kvcomp.runtime.incoming import new_token_count
 from kvcomp.runtime.rotary import attention_modules
 from kvcomp.runtime.trace import Watcher
+from kvcomp.runtime.weights import Sample, sample_weights
 
 
 class Attachment:
@@ -218,17 +219,24 @@ def compress(
         )
 
 
-def load_cache(path: str | Path, model: nn.Module) -> CompressedCache:
+def load_cache(path: str | Path, model: nn.Module, *, same_weights: bool = True) -> CompressedCache:
     """Return the cache that `cache.save(path)` wrote, on the devices of the model's layers and in the model's dtype.
 
     It can be read at once; to go on with it, the model must be inside `kvcomp.compress(...)` or `kvcomp.attach(model)`.
 
+    Args:
+        path: of the file.
+        model: the one that made the cache.
+        same_weights: whether to refuse a model with the same configuration whose weights are others. A sample of them
+            is compared, exactly where the dtype is the same.
+
     Raises:
-        InputError: the file cannot be read, is damaged, or holds the cache of a model with another configuration.
+        InputError: the file cannot be read, is damaged, or holds the cache of a model with another configuration or
+            other weights.
     """
     path = Path(path)
     cache = _empty_cache(model, saved_strategy(path))
-    fill_cache(cache, path, model)
+    fill_cache(cache, path, model, same_weights=same_weights)
     return cache
 
 
@@ -250,12 +258,17 @@ def _empty_cache(
         attachment = None if owner is None else _attachments.get(owner)
         return None if attachment is None else attachment.decoder
 
+    def weights() -> Sample:
+        owner = reference()
+        return [] if owner is None else sample_weights(_decoder(owner))
+
     adapter = adapter_for(model_config)
     return CompressedCache(
         strategy,
         model_config,
         adapter,
         decoder,
+        weights,
         defer=defer,
         reserve=reserve,
         compiled=compiled,

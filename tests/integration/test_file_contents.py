@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import struct
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import kvcomp
+from kvcomp.runtime.file_header import digest
 
 BATCH = left_padded([text_inputs(tokens, seed=tokens)["input_ids"] for tokens in (50, 20)])
 Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], object]
@@ -24,7 +26,8 @@ Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], object]
 
 def save(path: Path, recipe: Any = "flowmm", budget: Any = 0.4, model: PreTrainedModel | None = None) -> Any:
     """Save the cache of a padded batch, and return it."""
-    _, cache = generate_compressed(tiny_llama() if model is None else model, BATCH, recipe, budget, new=4)
+    model = tiny_llama() if model is None else model  # alive until the cache is saved, so that its weights are known
+    _, cache = generate_compressed(model, BATCH, recipe, budget, new=4)
     cache.save(path)
     return cache
 
@@ -45,7 +48,7 @@ def test_the_header_says_what_the_cache_is_of(tmp_path):
     assert header["format"] == "kvcomp-cache-2"
     assert header["kvcomp"] == kvcomp.__version__
     assert header["strategy"]["name"] == "flowmm"
-    assert {"name", "config", "kv_heads", "head_dim", "dtype"} == set(header["model"])
+    assert {"name", "config", "kv_heads", "head_dim", "dtype", "weights"} == set(header["model"])
 
 
 def test_what_heads_share_is_written_once(tmp_path):
@@ -203,3 +206,35 @@ def test_codes_of_an_unknown_kind_are_refused(tmp_path):
     rewrite(tmp_path / "cache", layer_with(storage=[{"is": "Popen", "args": ["true"]}, []]))
     with pytest.raises(kvcomp.InputError, match="as kvcomp wrote it"):
         kvcomp.load_cache(tmp_path / "cache", tiny_llama())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_sibling_with_other_weights_is_refused_unless_it_is_meant(tmp_path, dtype):
+    cache = save(tmp_path / "cache")
+    sibling = tiny_llama(seed=1).to(dtype)
+    with pytest.raises(kvcomp.InputError, match=r"of \d+ parameters differ.*same_weights=False"):
+        kvcomp.load_cache(tmp_path / "cache", sibling)
+    loaded = kvcomp.load_cache(tmp_path / "cache", sibling, same_weights=False)
+    assert torch.equal(loaded.layers[0].keys, cache.layers[0].keys.to(dtype))
+    same = kvcomp.load_cache(tmp_path / "cache", tiny_llama().to(dtype))
+    assert torch.equal(same.layers[0].keys, loaded.layers[0].keys)
+
+
+def test_one_trained_matrix_makes_another_model(tmp_path):
+    save(tmp_path / "cache")
+    tuned = tiny_llama()
+    tuned.model.layers[1].self_attn.q_proj.weight.data.mul_(1.001)
+    with pytest.raises(kvcomp.InputError, match="1 of 29 parameters differ"):
+        kvcomp.load_cache(tmp_path / "cache", tuned)
+
+
+def test_weights_that_are_not_known_are_not_compared(tmp_path):
+    cache = generate_compressed(tiny_llama(), BATCH, "flowmm", 0.4, new=4)[1]  # its model is gone
+    gc.collect()
+    cache.save(tmp_path / "cache")
+    assert torch.equal(kvcomp.load_cache(tmp_path / "cache", tiny_llama(seed=1)).layers[0].keys, cache.layers[0].keys)
+
+
+def test_a_configuration_without_a_text_of_its_own_is_refused():
+    with pytest.raises(kvcomp.InputError, match="what JSON can hold"):
+        digest({"hidden_size": 8, "kinds": {"text", "image"}})
