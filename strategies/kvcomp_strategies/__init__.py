@@ -15,6 +15,7 @@ from kvcomp_strategies.allocators.sparsity import SparsityAllocator
 from kvcomp_strategies.allocators.uniform import UniformAllocator
 from kvcomp_strategies.allocators.variance import VarianceAllocator
 from kvcomp_strategies.matchers.following_window import FollowingWindow
+from kvcomp_strategies.matchers.nearby import Nearby
 from kvcomp_strategies.matchers.nearest import Nearest
 from kvcomp_strategies.matchers.none import NoMatch
 from kvcomp_strategies.matchers.same_cluster import SameCluster
@@ -95,6 +96,7 @@ PARTS: tuple[type[Part], ...] = (
     TopK,
     AdjacentClusters,
     NoMatch,
+    Nearby,
     Nearest,
     SensitivityGated,
     SimilarityThreshold,

@@ -51,10 +51,6 @@ def edges_to(sources: Tensor, targets: Tensor) -> Assignment:
 def most_similar(layer: LayerView, pivots: Pivots, eligible: Tensor, rule: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the other tokens, the eligible pivot whose key has the largest cosine with theirs, and that cosine.
 
-    The rule of modalities and the eligibility are written into the matrix product: every key gets one more coordinate
-    per modality (one-hot for a token, a penalty or 0 for a pivot), which adds exactly 0 to an allowed cosine and -4
-    or less to a forbidden one.
-
     Args:
         layer: what the layer holds; similarities are of keys as stored, after rotary embedding.
         pivots: what stays.
@@ -66,17 +62,41 @@ def most_similar(layer: LayerView, pivots: Pivots, eligible: Tensor, rule: Tenso
         token) and float32 cosines (of no meaning there).
     """
     sources = other_tokens(layer, pivots)
-    keys = F.normalize(layer.keys.float(), dim=-1, eps=1e-12)
-    one_hot = F.one_hot(layer.modality.long(), len(Modality)).float()
-    tokens = torch.cat([keys, one_hot], dim=-1)
-    room = (0, -eligible.shape[2] % BLOCK)  # whole blocks, the last one filled up with pivots that are not eligible
-    penalties = _penalties(F.pad(pivots.gather(layer.modality), room), F.pad(eligible, room), rule)
-    receivers = torch.cat([F.pad(pivots.gather(keys), (0, 0, *room)), penalties], dim=-1)
+    tokens, receivers = comparable(layer, pivots, eligible, rule)
     receivers = receivers.transpose(-1, -2).contiguous()
     chunks = torch.split(sources, max(1, CHUNK_ELEMENTS // eligible.numel()), dim=2)
     found = [_nearest(chunk, tokens, receivers) for chunk in chunks]
     targets, similarity = (torch.cat(pieces, dim=2) for pieces in zip(*found, strict=True))
     return sources, targets.masked_fill(sources < 0, -1), similarity
+
+
+def comparable(layer: LayerView, pivots: Pivots, eligible: Tensor, rule: Tensor) -> tuple[Tensor, Tensor]:
+    """Return vectors of tokens and of pivots whose product is their cosine, or -2 or less where the pivot may not
+    receive the token: `(batch, kv_heads, tokens, features)` and `(batch, kv_heads, slots, features)` float32, as many
+    slots as fill whole blocks.
+
+    The rule of modalities and the eligibility are written into the matrix product: every key gets one more coordinate
+    per modality (one-hot for a token, a penalty or 0 for a pivot), which adds exactly 0 to an allowed cosine and -4
+    or less to a forbidden one.
+    """
+    keys = F.normalize(layer.keys.float(), dim=-1, eps=1e-12)
+    one_hot = F.one_hot(layer.modality.long(), len(Modality)).float()
+    room = (0, -eligible.shape[2] % BLOCK)  # whole blocks, the last one filled up with pivots that are not eligible
+    penalties = _penalties(F.pad(pivots.gather(layer.modality), room), F.pad(eligible, room), rule)
+    receivers = torch.cat([F.pad(pivots.gather(keys), (0, 0, *room)), penalties], dim=-1)
+    return torch.cat([keys, one_hot], dim=-1), receivers
+
+
+def scored_quantile(importance: Tensor, scored: Tensor, quantile: float) -> Tensor:
+    """Return a quantile of the importance of the scored pivots of each head, `(batch, kv_heads, 1)`, with linear
+    interpolation; NaN, which nothing is at most, where no pivot is scored.
+
+    Args:
+        importance: of the pivots, `(batch, kv_heads, slots)` float32.
+        scored: likewise, bool.
+        quantile: from 0 to 1.
+    """
+    return importance.masked_fill(~scored, float("nan")).nanquantile(quantile, dim=-1, keepdim=True)
 
 
 def allowed_modalities(same: Tensor, rule: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcomp.core.interfaces import Matcher
 from kvcomp.core.types import Assignment, LayerView, Pivots, Rule, Scores
-from kvcomp_strategies.matching import nearest_pivots
+from kvcomp_strategies.matching import nearest_pivots, scored_quantile
 
 
 class SensitivityGated(Matcher, use="sensitivity-gated"):
@@ -70,11 +70,10 @@ class SensitivityGated(Matcher, use="sensitivity-gated"):
         """Return the threshold of each head, `(batch, kv_heads, 1)`; NaN (nothing is eligible) where no pivot is
         scored.
         """
-        scored_only = importance.masked_fill(~scored, float("nan"))
         if self.threshold is None:
-            return scored_only.nanquantile(self.quantile, dim=-1, keepdim=True)
+            return scored_quantile(importance, scored, self.quantile)
         if self.units == "mean":
-            return self.threshold * scored_only.nanmean(dim=-1, keepdim=True)
+            return self.threshold * importance.masked_fill(~scored, float("nan")).nanmean(dim=-1, keepdim=True)
         return torch.full_like(importance[..., :1], self.threshold)
 
 
