@@ -17,6 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from kvcomp.lab.bench.growth import exponent
+
 HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
 
 
@@ -53,14 +55,6 @@ def measure(tokens: int) -> int:
 
 def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def exponent(tokens: list[int], sizes: list[int]) -> float:
-    """Return the slope of log(size) over log(tokens), by least squares."""
-    x, y = [math.log(t) for t in tokens], [math.log(s) for s in sizes]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    covariance = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    return covariance / sum((a - mean_x) ** 2 for a in x)
 
 
 def main() -> None:

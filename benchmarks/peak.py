@@ -1,6 +1,6 @@
 """Peak memory of a prefill with every recipe, beside transformers' DynamicCache.
 
-    python benchmarks/peak.py [--tokens 16384] [--layers 2] [--budget 0.2] [--recipes flowmm,h2o] [--out benchmark-output/peak.json]
+    python benchmarks/peak.py [--tokens 16384] [--layers 2] [--budget 0.2] [--recipes flowmm,h2o]
 
 Every measurement is a fresh process, as in `kvcomp bench --memory`. It ends with exit code 1 where a recipe takes more
 than 1.05 times what the stock cache takes. Few layers are the hard case: a compressed layer gives back most of its
@@ -37,7 +37,11 @@ def main() -> None:
     parser.add_argument("--recipes", help="names with commas between; all by default")
     parser.add_argument("--out", type=Path, default=Path("benchmark-output/peak.json"))
     arguments = parser.parse_args()
-    names = arguments.recipes.split(",") if arguments.recipes else sorted(registry().names("recipe"))
+    names = (
+        arguments.recipes.split(",")
+        if arguments.recipes
+        else sorted(entry.name for entry in registry.entries("recipe"))
+    )
     sizes: dict[str, int | str] = {}
     with torch_threads(1):
         stock = peak_on_cpu(SHAPE, arguments.layers, Case(STOCK), arguments.tokens, torch.float32)

@@ -87,7 +87,9 @@ def bench(
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch; with one, its own CPU time is the clock.")] = 1,
     device: Annotated[Device, typer.Option(help="Where the model runs.")] = Device.cpu,
-    dtype: Annotated[Dtype, typer.Option(help="Of weights and caches.")] = Dtype.float32,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of weights and caches; auto is float32 on a CPU, else bfloat16.")
+    ] = Dtype.float32,
     seed: Annotated[int, typer.Option(min=0, help="Of the weights.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Gets everything as JSON; - is stdout.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Gets a picture, as .png, .svg or .pdf.")] = None,
@@ -98,7 +100,7 @@ def bench(
     with_compiled, with_memory = (not quick if wanted is None else wanted for wanted in (compiled, memory))
     request = read_request(shape, layers, strategies, budgets, lengths, kv_memory, with_compiled, json_file, plot)
     target = find_device(device)
-    kind = torch.float32 if dtype is Dtype.auto else getattr(torch, dtype.value)
+    kind = dtype_on(target) if dtype is Dtype.auto else getattr(torch, dtype.value)
     with quiet_transformers(), torch_threads(threads):
         made = Bench(
             request.shape,
@@ -117,6 +119,11 @@ def bench(
     if interrupted:
         typer.echo("interrupted: what is written is what was done until then", err=True)
         raise typer.Exit(INTERRUPTED)
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    """Return what random weights are made of where nobody says: there is no checkpoint to ask."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def read_request(

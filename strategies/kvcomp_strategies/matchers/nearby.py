@@ -121,18 +121,19 @@ def _nearest(sources: Tensor, candidates: Candidates, tokens: Tensor, receivers:
     runs = rearrange(sources, "b kv (runs place) -> b kv runs place", place=RUN)
     looks = candidates.slots[:, :, :1].numel()
     size = max(1, CHUNK_ELEMENTS // (RUN * max(1, looks)))
+    pieces = (torch.split(part, size, dim=2) for part in (runs, *candidates))
     found = [
         _nearest_of_runs(chunk, Candidates(slots, seen), tokens, receivers)
-        for chunk, slots, seen in zip(*(part.split(size, dim=2) for part in (runs, *candidates)), strict=True)
+        for chunk, slots, seen in zip(*pieces, strict=True)
     ]
-    targets, similarity = (torch.cat(pieces, dim=2).flatten(2) for pieces in zip(*found, strict=True))
+    targets, similarity = (torch.cat(each, dim=2).flatten(2) for each in zip(*found, strict=True))
     return targets, similarity
 
 
 def _nearest_of_runs(runs: Tensor, candidates: Candidates, tokens: Tensor, receivers: Tensor) -> tuple[Tensor, Tensor]:
     """Return the same of runs `(batch, kv_heads, runs, 64)`, as `(batch, kv_heads, runs, 64)`."""
-    own = gather_tokens(tokens, runs.flatten(2)).unflatten(2, runs.shape[2:])
-    theirs = gather_tokens(receivers, candidates.slots.flatten(2)).unflatten(2, candidates.slots.shape[2:])
+    own = gather_tokens(tokens, runs.flatten(2)).view(*runs.shape, -1)
+    theirs = gather_tokens(receivers, candidates.slots.flatten(2)).view(*candidates.slots.shape, -1)
     similarity = own @ theirs.transpose(-1, -2)  # (batch, kv_heads, runs, 64, looks)
     similarity.masked_fill_(~candidates.seen[..., None, :], -torch.inf)
     best = similarity.amax(dim=-1, keepdim=True)

@@ -9,9 +9,10 @@ import torch
 from models import TEXT, tiny_llama, tiny_qwen_vl
 from transformers import LlamaConfig
 
+from kvcomp.cli.bench import dtype_on
 from kvcomp.core.errors import InputError, KVCompError, UnknownNameError
 from kvcomp.core.stages import STAGES
-from kvcomp.lab.bench import SHAPES, Bench, Case, Shape, build_model, find_shape, make_cases
+from kvcomp.lab.bench import SHAPES, Bench, Case, Shape, build_model, find_shape, growth, make_cases
 from kvcomp.lab.bench import measure as measure_module
 from kvcomp.lab.bench.cases import COMPILED, STOCK
 from kvcomp.lab.bench.measure import Spread
@@ -235,3 +236,33 @@ def test_the_picture_has_a_panel_per_length_and_one_for_decoding(bench, tmp_path
     assert widths == pytest.approx(100 * sum(found[1]["overhead"].values()))
     save_plot(found, tmp_path / "plot.svg")
     assert "snapkv at 0.25" in (tmp_path / "plot.svg").read_text()
+
+
+# --- growth ---
+
+
+def test_growth_is_fitted_to_the_stages_that_take_time(monkeypatch):
+    asked = []
+
+    def timed(model, prompt, case, decoded):
+        tokens = next(iter(prompt.values())).shape[1]
+        asked.append(tokens)
+        stages = dict.fromkeys(STAGES, 0.0) | {"observe": 1e-6 * tokens**2, "match": 1e-3 * tokens, "merge": 1e-9}
+        return Timing(1.0, stages, 1.0, 1.0, 1, 1, 1)
+
+    monkeypatch.setattr(growth, "time_case", timed)
+    model = tiny_llama()
+    grown = growth.measure_growth(
+        model, Shape("tiny", model.config), make_cases(["snapkv"], [0.2])[1:], [16, 32, 64], 2
+    )
+    assert asked == [16] * 4 + [32] * 2 + [64] * 2
+    exponents = {entry.stage: entry.exponent for entry in grown}
+    assert exponents["observe"] == pytest.approx(2.0)
+    assert exponents["match"] == pytest.approx(1.0)
+    assert exponents["merge"] is exponents["store"] is None
+    assert next(entry for entry in grown if entry.stage == "match").seconds == pytest.approx((0.016, 0.032, 0.064))
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float32), ("meta", torch.bfloat16)])
+def test_random_weights_are_made_for_the_device_where_nobody_says(device, dtype):
+    assert dtype_on(torch.device(device)) is dtype

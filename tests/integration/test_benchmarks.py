@@ -1,0 +1,48 @@
+"""The scripts in `benchmarks/`, on small shapes: they run, and what they write says what they found."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+def run(name, out, *arguments):
+    command = [sys.executable, str(FOLDER / f"{name}.py"), *map(str, arguments), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(out.read_text())
+
+
+def test_gpu_runs_all_its_parts_on_a_cpu(tmp_path):
+    small = ("--device", "cpu", "--shape", "llama-6l-64", "--layers", 1, "--eager", "--quick")
+    lengths = ("--table", 96, "--throughput", 64, "--prefill", 64)
+    stdout, found = run("gpu", tmp_path / "gpu.json", *small, *lengths)
+    assert found["floors"]["bytes_per_second"] > 1e8
+    assert [row["case"] for row in found["table"]][:3] == ["DynamicCache", "flowmm at 1.0", "flowmm at 0.5"]
+    kept = {row["case"]: row["kv_gib"] for row in found["table"]}
+    assert kept["flowmm at 0.05"] < kept["flowmm at 0.2"] < kept["DynamicCache"] == kept["flowmm at 1.0"]
+    assert all(row["over_floor"] > 0 for row in found["table"])
+    assert next(row for row in found["throughput"] if row["case"] == "flowmm at 0.2")["largest_batch"] > 4
+    assert {row["case"] for row in found["prefill"]} >= {"DynamicCache", "h2o at 0.2"}
+    assert stdout.count("| tokens | case |") == 3
+
+
+@pytest.mark.slow
+def test_growth_fits_an_exponent_to_what_h2o_observes(tmp_path):
+    stdout, found = run("growth", tmp_path / "growth.json", "--tokens", 1024, 4096)
+    exponents = {(entry["case"], entry["stage"]): entry["exponent"] for entry in found["stages"]}
+    assert 1.5 < exponents["h2o", "observe"] < 2.5
+    assert "| `h2o` | observe |" in stdout
+
+
+@pytest.mark.slow
+def test_one_number_end_to_end_for_each_recipe(tmp_path):
+    options = ("--recipes", "snapkv,kivi", "--budget", 0.3, "--repeats", 1, "--new-tokens", 4)
+    stdout, found = run("end_to_end", tmp_path / "end.json", *options)
+    assert set(found["ratios"]) | set(found["left_out"]) == {"snapkv", "kivi"}
+    assert set(found["ratios"]["snapkv"]) == {"1", "8"}
+    assert "| `snapkv` |" in stdout
