@@ -132,8 +132,8 @@ def _nearest(sources: Tensor, candidates: Candidates, tokens: Tensor, receivers:
 
 def _nearest_of_runs(runs: Tensor, candidates: Candidates, tokens: Tensor, receivers: Tensor) -> tuple[Tensor, Tensor]:
     """Return the same of runs `(batch, kv_heads, runs, 64)`, as `(batch, kv_heads, runs, 64)`."""
-    own = gather_tokens(tokens, runs.flatten(2)).view(*runs.shape, -1)
-    theirs = gather_tokens(receivers, candidates.slots.flatten(2)).view(*candidates.slots.shape, -1)
+    own = gather_tokens(tokens, runs.flatten(2)).view(*runs.shape, tokens.shape[-1])
+    theirs = gather_tokens(receivers, candidates.slots.flatten(2)).view(*candidates.slots.shape, receivers.shape[-1])
     similarity = own @ theirs.transpose(-1, -2)  # (batch, kv_heads, runs, 64, looks)
     similarity.masked_fill_(~candidates.seen[..., None, :], -torch.inf)
     best = similarity.amax(dim=-1, keepdim=True)

@@ -107,6 +107,13 @@ def test_without_an_open_pivot_everything_is_evicted() -> None:
     assert float(edges.weights.sum()) == 0.0
 
 
+def test_where_everything_stays_there_is_nothing_to_match() -> None:
+    made = view()
+    edges = match(Nearby(), made, Pivots(torch.arange(TOKENS)[None, None]))
+    assert edges.sources.shape == (1, 1, 0)
+    assert edges.targets.shape == (1, 1, 0, 1)
+
+
 def test_a_token_below_the_floor_is_evicted() -> None:
     made = view()
     every, near = (match(Nearby(floor=floor), made, kept(made)) for floor in (-1.0, 0.5))
