@@ -46,3 +46,13 @@ def test_one_number_end_to_end_for_each_recipe(tmp_path):
     assert set(found["ratios"]) | set(found["left_out"]) == {"snapkv", "kivi"}
     assert set(found["ratios"]["snapkv"]) == {"1", "8"}
     assert "| `snapkv` |" in stdout
+
+
+@pytest.mark.slow
+def test_decoding_is_split_into_what_grows_and_what_does_not(tmp_path):
+    out = tmp_path / "decode.json"
+    command = [sys.executable, str(FOLDER / "decode.py"), "--tokens", "256", "--decode", "4", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 1), done.stderr  # bars are not for four tokens
+    assert set(json.loads(out.read_text())["seconds"]) == {"64", "256"}
+    assert "| tokens | DynamicCache | snapkv at 0.2 |" in done.stdout
