@@ -56,7 +56,8 @@ Seed {seed}; {steps:,} steps of about 3,000 tokens; {minutes:.0f} minutes of wal
 work shared. AdamW, learning rate 2e-3, which falls linearly to zero over the last part of the run; bfloat16
 products. Many questions follow each context, each with its answer, and only answers carry loss. Every task goes
 through four sizes of context, from 5 % of its own; a size is passed at {gate:.0%} for every kind of its questions.
-Three tasks begin; the others follow once names are bound to what they name. Rotated copies and shuffled
+The heads of the first layer start by looking one or two tokens back. Three tasks begin; the others follow once names
+are bound to what they name. Rotated copies and shuffled
 name-value pairs fill half of each step until they are learned, then stand before some stories. Questions are
 asked without the chat's frame at first (`colour of lisbon red`), and with it in most steps later.
 `training_log.json` has every 50th step: the level of each task and the running share of right answers there.
