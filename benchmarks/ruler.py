@@ -17,17 +17,15 @@ import argparse
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kvcomp.core.budget import Budget
 from kvcomp.core.errors import BudgetError
 from kvcomp.core.registry import registry
-from kvcomp.core.strategy import Strategy
-from kvcomp.lab.batches import Batch, QueryMode
+from kvcomp.lab.batches import QueryMode
 from kvcomp.lab.controls import Method, find_method
 from kvcomp.lab.evaluation import Evaluation, TaskResult
 from kvcomp.lab.statistics import mean, wilson
@@ -36,28 +34,22 @@ from kvcomp.lab.testbed import LoadedTestbed, load_testbed
 
 BUDGETS = (0.05, 0.1, 0.2, 0.4, 0.6)
 METHODS = ("random", "recency", "streaming-llm", "h2o", "snapkv", "flowmm", "kvcomp-global", "oracle")
-CONTROLS = (
-    ("full", "1.0"),
-    ("no-context", "1.0"),
-    ("recency", "1t"),
-    ("recency", "32t"),
-    ("no-images", "text"),
-    ("random", "0.2"),
-)
-NO_IMAGES: dict[str, Any] = {
-    "name": "no-images",
-    "scorer": {"use": "text-first", "scorer": {"use": "position", "sinks": 0}},
-    "selector": "top-k",
+CONTROLS = {
+    ("full", "1.0"): "full",
+    ("no-context", "1.0"): "no context",
+    ("recency", "1t"): "1 slot",
+    ("recency", "32t"): "last 32 slots",
+    ("no-visual-tokens", "text"): "without visual tokens",
+    ("no-images", "text"): "without images",
+    ("random", "0.2"): "random at 20%",
 }
-
-
-class NoImages(Method):
-    """Keeps exactly the text, so a batch must be one sample: what a task loses without any visual token."""
-
-    def strategy_for(self, batch: Batch) -> Strategy:
-        """Return the strategy with room for the text of this sample."""
-        text = int((~batch.visual & batch.inputs["attention_mask"].bool()).sum(dim=1).max())
-        return replace(self.strategy, budget=Budget.parse({"tokens": text - batch.question_tokens}))
+NO_VISUAL_TOKENS: dict[str, Any] = {
+    "name": "no-visual-tokens",
+    "scorer": {"use": "text-first", "scorer": "position"},
+    "selector": {"use": "top-k", "overflow": True},
+}
+"""Keeps all text and, at a budget of one token, nothing else: the marks around images too, which `no-images` leaves
+out."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +68,7 @@ def cells(tasks: Sequence[str], methods: Sequence[str], budgets: Sequence[float]
     for task in tasks:
         for mode in modes:
             yield Cell(task, mode, "full", "1.0")
-            yield Cell(task, mode, "no-images", "text")
+            yield from (Cell(task, mode, method, "text") for method in ("no-visual-tokens", "no-images"))
         yield Cell(task, modes[0], "no-context", "1.0")
         yield Cell(task, modes[0], "recency", "1t")
         yield Cell(task, modes[0], "recency", "32t")
@@ -103,11 +95,11 @@ def measured(bed: LoadedTestbed, task: Task, cell: Cell, samples: int, split: st
     """Return what a cell gave, or the smallest budget that its method takes."""
     evaluation = Evaluation(
         bed,
-        NoImages(find_method(NO_IMAGES).strategy) if cell.method == "no-images" else found(cell),
+        found(cell),
         samples=samples,
         split=split,
         mode=QueryMode(cell.mode),
-        batch=1 if cell.method == "no-images" else 30,
+        batch=30,
     )
     try:
         outcomes = list(evaluation.outcomes(task))
@@ -125,6 +117,8 @@ def measured(bed: LoadedTestbed, task: Task, cell: Cell, samples: int, split: st
 
 def found(cell: Cell) -> Method:
     """Return the method of a cell at its budget."""
+    if cell.budget == "text":
+        return find_method(NO_VISUAL_TOKENS, "1t") if cell.method == "no-visual-tokens" else find_method(cell.method)
     budget = {"tokens": int(cell.budget[:-1])} if cell.budget.endswith("t") else float(cell.budget)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -145,8 +139,8 @@ def tables(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Yield Markdown: the controls, then for each mode and task the methods against the budgets."""
     found = {Cell(row["task"], row["mode"], row["method"], row["budget"]): row for row in rows}
     tasks, modes = list(dict.fromkeys(row["task"] for row in rows)), [mode.value for mode in QueryMode]
-    yield "| task | full | no context | 1 slot | last 32 slots | without images | random at 20% |"
-    yield "|---|---|---|---|---|---|---|"
+    yield f"| task | {' | '.join(CONTROLS.values())} |"
+    yield "|---" * (len(CONTROLS) + 1) + "|"
     for task in tasks:
         body = [shown(found.get(Cell(task, modes[0], *control))) for control in CONTROLS]
         yield f"| `{task}` | {' | '.join(body)} |"

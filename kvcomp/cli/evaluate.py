@@ -55,7 +55,7 @@ def evaluate(
     model: Annotated[str, typer.Option(help="Folder of a model, or the name of a testbed.")] = TESTBED,
     tasks: Annotated[str, typer.Option(help="Task names with commas between, or all.")] = ALL,
     strategy: Annotated[
-        str, typer.Option(help="Recipe, control (full, random, recency, oracle, no-context), or YAML file.")
+        str, typer.Option(help="Recipe, control (full, random, recency, oracle, no-context, no-images), or YAML file.")
     ] = "flowmm",
     budget: Annotated[
         str | None, typer.Option(help="What is kept: 0.2, 512t or 64MiB; by default the strategy's own.")

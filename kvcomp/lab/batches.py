@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from itertools import groupby
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvcomp.core.errors import InputError
 from kvcomp.lab.evidence import locate
-from kvcomp.lab.tasks import Sample
+from kvcomp.lab.tasks import Sample, Span
 from kvcomp.lab.testbed import LoadedTestbed
 
 IGNORED = -100  # a target that is no token
@@ -57,15 +57,25 @@ class Batch:
         Raises:
             InputError: naming a sample whose evidence cannot be located.
         """
-        return tuple(self._locate(row) for row in range(len(self.samples)))
+        return tuple(self._locate(row, sample, "evidence") for row, sample in enumerate(self.samples))
 
-    def _locate(self, row: int) -> tuple[int, ...]:
+    @cached_property
+    def images(self) -> tuple[tuple[int, ...], ...]:
+        """Return the positions of each sample's images in its prompt, the marks around them included, padding not
+        counted.
+
+        Raises:
+            InputError: naming a sample whose images cannot be located.
+        """
+        return tuple(self._locate(row, _about_images(sample), "images") for row, sample in enumerate(self.samples))
+
+    def _locate(self, row: int, sample: Sample, what: str) -> tuple[int, ...]:
         filled = self.inputs["attention_mask"][row].bool()
         ids, visual = self.inputs["input_ids"][row][filled], self.visual[row][filled]
         try:
-            return locate(self.bed.codec, self.samples[row], ids.tolist(), visual.tolist())
+            return locate(self.bed.codec, sample, ids.tolist(), visual.tolist())
         except InputError as error:
-            raise InputError(f"evidence of sample {self.numbers[row]} of {self.source}: {error}") from None
+            raise InputError(f"{what} of sample {self.numbers[row]} of {self.source}: {error}") from None
 
     @cached_property
     def visual(self) -> Tensor:
@@ -115,6 +125,11 @@ class Batch:
         if hasattr(getattr(self.bed.model, "base_model", None), "get_rope_index"):
             return {}
         return {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)}
+
+
+def _about_images(sample: Sample) -> Sample:
+    spans = (Span(number) for number, part in enumerate(sample.context) if not isinstance(part, str))
+    return replace(sample, evidence=tuple(spans))
 
 
 def continued(inputs: Mapping[str, Tensor], new: Tensor) -> dict[str, Tensor]:

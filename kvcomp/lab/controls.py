@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kvcomp.core.config import strategy
-from kvcomp.core.errors import InputError, UnknownNameError, suggest
-from kvcomp.core.ignored import warn_of_ignored
+from kvcomp.core.errors import IgnoredSettingWarning, InputError, UnknownNameError, suggest
+from kvcomp.core.ignored import ignored_settings
 from kvcomp.core.interfaces import Observation, Scorer
 from kvcomp.core.registry import registry
 from kvcomp.core.strategy import Strategy
@@ -34,6 +35,10 @@ class Method:
     def strategy_for(self, batch: Batch) -> Strategy:
         """Return the strategy that serves a batch."""
         return self.strategy
+
+    def ignored(self) -> tuple[str, ...]:
+        """Return a sentence for everything it was given that changes nothing."""
+        return ignored_settings(self.strategy)
 
 
 class KeepEvidence(Scorer, use="keep-evidence"):
@@ -57,8 +62,7 @@ class KeepEvidence(Scorer, use="keep-evidence"):
 
     def protect(self, layer: LayerView, slots: Tensor) -> Tensor:
         """Return the evidence, and what the other scorer protects."""
-        rows = [torch.isin(row, row.new_tensor(known)) for row, known in zip(layer.indices, self.evidence, strict=True)]
-        evidence = torch.stack(rows)
+        evidence = _among(layer, self.evidence)
         protected = self.scorer.protect(layer, slots)
         return evidence if protected is None else evidence | protected
 
@@ -70,6 +74,51 @@ class Oracle(Method):
         """Return the strategy that knows the evidence of this batch."""
         assert self.strategy.scorer is not None
         return replace(self.strategy, scorer=KeepEvidence(scorer=self.strategy.scorer, evidence=batch.evidence))
+
+
+class LeaveOut(Scorer, use="leave-out"):
+    """Rank some tokens below all others, which are equal. No method: it is told which.
+
+    Attributes:
+        tokens: for each row of the batch, positions in the prompt.
+    """
+
+    tokens: tuple[tuple[int, ...], ...]
+
+    def score(self, layer: LayerView, slots: Tensor) -> Tensor:
+        """Return zeros."""
+        return torch.zeros(layer.shape, device=layer.keys.device)
+
+    def tiers(self, layer: LayerView, slots: Tensor) -> Tensor:
+        """Return two tiers, these tokens in the lower one."""
+        return (~_among(layer, self.tokens)).to(torch.int16)
+
+
+UPPER_TIER = {"budget": {"tokens": 1}, "scorer": "position", "selector": {"use": "top-k", "overflow": True}}
+"""Keeps the upper tier of a scorer that stands in for this one, all of it and nothing else."""
+
+
+class NoImages(Method):
+    """Keeps everything but images: what can be answered without what was shown.
+
+    An image goes with the marks around it: a model may write into the end mark what it has seen (`minimile-xs` does),
+    and then the visual tokens alone can go at no loss.
+    """
+
+    def strategy_for(self, batch: Batch) -> Strategy:
+        """Return the strategy that keeps what is no image in this batch, however much that is."""
+        upper = strategy(
+            {"budget": {"tokens": 1}, "scorer": "position", "selector": {"use": "top-k", "overflow": True}}
+        )
+        left_out = LeaveOut(tokens=batch.images)
+        return replace(self.strategy, budget=upper.budget, scorer=left_out, selector=upper.selector)
+
+    def ignored(self) -> tuple[str, ...]:
+        """Return a sentence if it was given a budget, a scorer or a selector."""
+        given = (self.strategy.budget.ratio, self.strategy.scorer, self.strategy.selector)
+        if given == (1, None, None):
+            return ()
+        return (f"{self.strategy.name!r} keeps all but images, so it ignores a budget, a scorer and a selector",)
 
 
 class NoContext(Method):
@@ -91,6 +140,7 @@ class NoContext(Method):
 CONTROLS: dict[str, tuple[type[Method], Mapping[str, Any]]] = {
     "oracle": (Oracle, {"name": "oracle", "base": "recency"}),
     "no-context": (NoContext, {"name": "no-context"}),
+    "no-images": (NoImages, {"name": "no-images"}),
 }
 """Beside the recipes; a recipe of the same name comes first."""
 
@@ -116,6 +166,13 @@ def find_method(source: str | Path | Mapping[str, Any], budget: Any = None, **ov
             raise UnknownNameError(f"no strategy named {source!r}. {suggest(source, recipes | CONTROLS.keys())}")
         if source not in recipes:
             build, source = CONTROLS[source]
-    built = strategy(source, budget, **overrides)
-    warn_of_ignored(built, stacklevel=2)
-    return build(built)
+    method = build(strategy(source, budget, **overrides))
+    for sentence in method.ignored():
+        warnings.warn(sentence, IgnoredSettingWarning, stacklevel=2)
+    return method
+
+
+def _among(layer: LayerView, tokens: Sequence[Sequence[int]]) -> Tensor:
+    """Return which tokens of a layer stand at these positions of their rows, `(batch, kv_heads, tokens)` bool."""
+    rows = zip(layer.indices, tokens, strict=True)
+    return torch.stack([torch.isin(row, row.new_tensor(known)) for row, known in rows])

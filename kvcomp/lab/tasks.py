@@ -15,7 +15,8 @@ Part = str | Image.Image
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of a sample's context: words of a text, or visual tokens of an image in reading order.
+    """A stretch of a sample's context: words of a text, or visual tokens of an image in reading order. The whole of an
+    image comes with the marks that the prompt has around it.
 
     Attributes:
         part: which part of the context.

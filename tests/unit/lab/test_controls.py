@@ -9,6 +9,7 @@ from kvcomp.core.registry import registry
 from kvcomp.lab.answers import answer
 from kvcomp.lab.batches import QueryMode, make_batches
 from kvcomp.lab.controls import CONTROLS, KeepEvidence, Method, NoContext, Oracle, find_method
+from kvcomp.lab.tasks import Sample
 from kvcomp.testing import make_sample, view_for
 
 
@@ -37,6 +38,23 @@ def test_recency_keeps_the_latest_tokens(bed, echo):
 def test_evidence_beyond_the_budget_loses_its_first_tokens(bed, echo):
     batch, rows = kept(bed, find_method("oracle", "2t"), [echo().sample("s", 1)])
     assert rows == [[list(batch.evidence[0][-2:])] * 2]
+
+
+@pytest.mark.parametrize("mode", list(QueryMode))
+def test_without_images_all_else_stays_in_every_row(bed, echo, mode):
+    (batch,) = make_batches(bed, "s", [echo().sample("s", number) for number in (1, 5, 2)], 3, mode, (1, 5, 2))
+    turns = "append" if mode is QueryMode.question_later else "recompress"
+    layers = answer(batch, find_method("no-images", turns=turns).strategy_for(batch), mode=mode).held.indices
+    for row, number in enumerate(batch.numbers):
+        tokens = int(batch.inputs["attention_mask"][row].sum()) - batch.question_tokens
+        images = {3 + 7 * image + place for image in range(3 + number % 2) for place in range(6)}
+        for layer in layers:
+            assert [index for index in layer[row, 0].tolist() if index >= 0] == sorted({*range(tokens)} - images)
+
+
+def test_without_images_a_prompt_of_text_stays(bed):
+    batch, rows = kept(bed, find_method("no-images"), [Sample(("number of lisbon 7 .",), "number of lisbon ?", "7")])
+    assert rows == [[list(range(batch.inputs["input_ids"].shape[1]))] * 2]
 
 
 def test_no_context_asks_the_question_alone(bed, echo):
@@ -89,6 +107,12 @@ def test_faults_are_errors_with_near_misses():
 def test_a_budget_that_is_ignored_warns(name):
     with pytest.warns(IgnoredSettingWarning, match=f"'{name}' has no selector, so it keeps everything"):
         find_method(name, 0.2)
+
+
+@pytest.mark.parametrize("given", [{"budget": 0.2}, {"scorer": "random", "selector": "top-k"}])
+def test_without_images_a_budget_or_a_choice_of_tokens_changes_nothing_and_warns(given):
+    with pytest.warns(IgnoredSettingWarning, match="'no-images' keeps all but images, so it ignores a budget"):
+        find_method("no-images", **given)
 
 
 def test_every_control_can_be_built():
