@@ -43,7 +43,7 @@ def test_prefixes_are_accepted_and_each_task_is_asked_once(folder):
     assert [row["task"] for row in found["tasks"]] == ["recall", "recall_hard"]
 
 
-@pytest.mark.parametrize("control", ["full", "random", "recency", "oracle", "no-context"])
+@pytest.mark.parametrize("control", ["full", "random", "recency", "oracle", "no-context", "no-images"])
 def test_the_controls_are_strategies(folder, control):
     found = document("--model", folder, "--tasks", "text_needle", "--samples", "2", "--strategy", control)
     (row,) = found["tasks"]
