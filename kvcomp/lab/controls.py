@@ -115,8 +115,7 @@ class NoImages(Method):
 
     def ignored(self) -> tuple[str, ...]:
         """Return a sentence if it was given a budget, a scorer or a selector."""
-        given = (self.strategy.budget.ratio, self.strategy.scorer, self.strategy.selector)
-        if given == (1, None, None):
+        if self.strategy.budget.ratio == 1 and self.strategy.scorer is None and self.strategy.selector is None:
             return ()
         return (f"{self.strategy.name!r} keeps all but images, so it ignores a budget, a scorer and a selector",)
 
