@@ -148,7 +148,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     methods = list(dict.fromkeys(cell.method for cell in found if cell.budget in shares))
     yield "\nrho of each layer:\n"
     for task in tasks:
-        row = found.get(Cell(task, modes[0], "flowmm", shares[-1]), {})
+        row = found.get(Cell(task, modes[0], "flowmm", max(shares, key=float, default="")), {})
         yield f"- `{task}`: {', '.join(f'{rho:.2f}' for rho in row.get('rho', ()))}"
     for mode in modes:
         for task in tasks:
