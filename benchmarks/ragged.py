@@ -4,8 +4,8 @@
 
 One layer of 8 KV heads, 4 query heads each, head_dim 128, with lengths spread evenly between the shortest and the
 longest; one torch thread. In every repeat each case runs once, in an order that rotates; medians over repeats are
-reported, and ratios to the padded case. Appending the token is timed apart, and so is the mask that the padded case
-needs for every token.
+reported. A step is the sum of what a layer does for a token: it is appended, and attended to; the padded case makes its
+mask first, which the other two do without. Ratios of steps, and of the attention alone, are to the padded case.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from kvcomp.runtime.slots import SlotTable, new_tokens
 
 HEADS, GROUP, HEAD_DIM = 8, 4, 128
 PADDED, PACKED, UNIFORM = "padded with a mask", "packed", "uniform, as many slots in all"
-BAR = 1.0  # packed to padded
+BAR = 1.0  # a packed step to a padded one
 
 
 def lengths_between(shortest: int, longest: int) -> Tensor:
@@ -122,17 +122,26 @@ def measure(shortest: int, longest: int, dtype: torch.dtype, repeats: int) -> di
     calls = steps(stores, lengths, dtype)
     packed, padded = calls[PACKED]().flatten().float(), calls[PADDED]().flatten().float()
     attention, appended = medians(calls, repeats), medians(appends(stores, dtype), repeats)
+    mask = medians({PADDED: mask_making(lengths)}, repeats)
+    step = {name: attention[name] + appended[name] + mask.get(name, 0.0) for name in attention}
     return {
         "slots": lengths.tolist(),
         "dtype": str(dtype),
-        "attention_ms": {name: round(value * 1e3, 4) for name, value in attention.items()},
-        "append_ms": {name: round(value * 1e3, 4) for name, value in appended.items()},
-        "mask_ms": round(medians({"mask": mask_making(lengths)}, repeats)["mask"] * 1e3, 4),
-        "packed_to_padded": round(attention[PACKED] / attention[PADDED], 3),
-        "packed_to_uniform": round(attention[PACKED] / attention[UNIFORM], 3),
+        "attention_ms": milliseconds(attention),
+        "append_ms": milliseconds(appended),
+        "mask_ms": milliseconds(mask),
+        "step_ms": milliseconds(step),
+        "packed_to_padded": round(step[PACKED] / step[PADDED], 3),
+        "packed_to_padded_attention": round(attention[PACKED] / attention[PADDED], 3),
+        "packed_to_uniform": round(step[PACKED] / step[UNIFORM], 3),
         "bytes": {name: store.nbytes() for name, store in stores.items()},
         "largest_difference": float((packed - padded).abs().max()),
     }
+
+
+def milliseconds(seconds: dict[str, float]) -> dict[str, float]:
+    """Return durations in milliseconds, rounded."""
+    return {name: round(value * 1e3, 4) for name, value in seconds.items()}
 
 
 def main() -> None:
@@ -152,7 +161,9 @@ def main() -> None:
     for result in results:
         print(json.dumps(result, indent=2))
         ratio = result["packed_to_padded"]
-        print(f"packed to padded: {ratio}, at most {BAR}: {'met' if float(str(ratio)) <= BAR else 'MISSED'}")
+        print(
+            f"a packed step to a padded one: {ratio}, at most {BAR}: {'met' if float(str(ratio)) <= BAR else 'MISSED'}"
+        )
     document = {"torch": torch.__version__, "machine": platform.machine(), "results": results}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
