@@ -113,7 +113,7 @@ def evaluate(
         "max_context_len": max_context_len,
         "tokens_per_image": tokens_per_image,
     }
-    request = read_request(model, tasks, strategy, budget, change or [], data, prompts, predictions)
+    request = read_request(model, tasks, strategy, budget, change or [], data, prompts, predictions, query_mode)
     target = find_device(device)
     with quiet_transformers(), torch_threads(1):
         codec = load_codec(request.folder, min_pixels=min_pixels, max_pixels=max_pixels)
@@ -164,6 +164,7 @@ def read_request(
     data: Path | None = None,
     prompts: Mapping[str, Any] | None = None,
     predictions: Path | None = None,
+    mode: QueryMode = QueryMode.question_seen,
 ) -> Request:
     """Return the model's folder, the tasks and the method that are asked for.
 
@@ -179,6 +180,11 @@ def read_request(
     kept = None if budget is None else tried(faults, "--budget", lambda: Budget.parse(budget))
     overrides = tried(faults, "--set", lambda: parse_overrides(changes))
     method = tried(faults, "--strategy", lambda: find_method(strategy_source(strategy), kept, **overrides or {}))
+    if mode is QueryMode.question_later and method is not None and method.strategy.trigger.decoding:
+        faults.append(
+            f"--query-mode: question_later leaves what follows the context as it is, and the trigger "
+            f"{method.strategy.trigger} would compress it; use --query-mode question_seen, or --set trigger=prefill-end"
+        )
     if faults:
         raise ConfigError(faults, source="kvcomp eval")
     assert folder is not None

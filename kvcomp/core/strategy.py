@@ -135,11 +135,14 @@ class Strategy:
         limit = self.budget.nbytes(tokens, full)
         needed = self.store.smallest(tokens, form)
         if self.selector is None and bool((needed > limit).any()):
-            smallest = max(smallest_ratio(need, count * full) for need, count in zip(needed, tokens, strict=True))
+            ratios = [smallest_ratio(need, count * full) for need, count in zip(needed, tokens, strict=True)]
+            smallest = max(ratios)
+            row = ratios.index(smallest)
             raise BudgetError(
-                f"recipe {self.name!r} keeps every token, and store {self.store.use!r} cannot hold {tokens.tolist()} "
-                f"tokens in {limit.tolist()} bytes; the smallest budget is {smallest:.6g}, or let the recipe evict "
-                "down to the bytes (a scorer, a selector, and `evict: true` in the store)",
+                f"recipe {self.name!r} keeps every token, and store {self.store.use!r} cannot hold {int(tokens[row])} "
+                f"tokens in {int(limit[row])} bytes; the smallest budget is the ratio {smallest:.6g}, as "
+                f"`budget={smallest:.6g}` or `--budget {smallest:.6g}`; or let the recipe evict down to the bytes (a "
+                "scorer, a selector, and `evict: true` in the store)",
                 smallest=smallest,
             )
         return limit
@@ -192,7 +195,10 @@ class Strategy:
         held = torch.stack([layer.valid.sum(dim=-1).cpu() for layer in layers])  # layers may be on several devices
         if self.selector is None:
             return held
-        allotted = self.allocator.allocate(slots, layers, scores)
+        try:
+            allotted = self.allocator.allocate(slots, layers, scores)
+        except BudgetError as error:
+            raise BudgetError(f"recipe {self.name!r}: {error}", smallest=error.smallest) from None
         given, request = allotted.sum(dim=(0, 2)), slots * allotted[:, 0].numel()
         if bool((given > request).any()) or bool((allotted < slots.clamp(max=1)[:, None]).any()):
             raise BudgetError(

@@ -86,11 +86,12 @@ def check_room(needed: Tensor, tokens: Tensor, slots: Tensor, what: str) -> None
     total = needed.sum(dim=(0, 2))
     if bool((total <= slots * heads).all()):
         return
-    ratio = max(math.ceil(n / heads) / max(t, 1) for n, t in zip(total.tolist(), tokens.tolist(), strict=True))
-    smallest = min(1.0, math.ceil(ratio * 10**6 - ROUNDING) / 10**6)
+    rows = zip((math.ceil(n / heads) for n in total.tolist()), tokens.tolist(), slots.tolist(), strict=True)
+    need, held, share = max(rows, key=lambda row: row[0] / max(row[1], 1))
+    smallest = min(1.0, math.ceil(need / max(held, 1) * 10**6 - ROUNDING) / 10**6)
     raise BudgetError(
-        f"the budget must hold {what}, which takes {(total / heads).ceil().long().tolist()} slots per head and layer; "
-        f"it has {slots.tolist()}; ask for at least {smallest:g}",
+        f"the budget must hold {what}, which takes {need} of {held} slots per head and layer, and it has {share}; give "
+        f"a ratio of at least {smallest:g}, as `budget={smallest:g}` or `--budget {smallest:g}`",
         smallest=smallest,
     )
 

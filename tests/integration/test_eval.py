@@ -141,6 +141,14 @@ def test_faults_of_a_strategy_keep_their_paths(folder):
     assert "Did you mean 'policy'?" in result.stderr
 
 
+def test_a_trigger_does_not_go_with_a_question_that_comes_later(folder):
+    result = call("--model", folder, "--query-mode", "question_later", "--set", "trigger=over-budget")
+    assert result.exit_code == 2
+    assert "--query-mode: question_later leaves what follows the context as it is, and the trigger over-budget" in (
+        result.stderr
+    )
+
+
 def test_a_folder_that_holds_no_model_exits_with_2(tmp_path):
     result = call("--model", tmp_path, "--tasks", "recall", "--strategy", "full")
     assert result.exit_code == 2

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from kvcomp.core.interfaces import Merger
 from kvcomp.core.types import Assignment, LayerView, Pivots
 from kvcomp_strategies.mergers.pivot_mean import PivotMean
 from kvcomp_strategies.merging import MergingMerger, received_weight
+from kvcomp_strategies.wrapping import another
 
 
 class Unrotated(Merger, use="unrotated"):
@@ -33,6 +34,11 @@ class Unrotated(Merger, use="unrotated"):
     rotary = True
 
     merger: MergingMerger = Field(default=PivotMean())
+
+    @field_validator("merger")
+    @classmethod
+    def _is_another(cls, merger: Merger) -> Merger:
+        return another(merger, cls)
 
     @property
     def convex(self) -> frozenset[str]:

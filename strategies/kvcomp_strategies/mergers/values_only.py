@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from kvcomp.core.interfaces import Merger
 from kvcomp.core.types import Assignment, LayerView, Pivots
 from kvcomp_strategies.mergers.pivot_mean import PivotMean
 from kvcomp_strategies.merging import MergingMerger
+from kvcomp_strategies.wrapping import another
 
 
 class ValuesOnly(Merger, use="values-only"):
@@ -23,6 +24,11 @@ class ValuesOnly(Merger, use="values-only"):
     """
 
     merger: MergingMerger = Field(default=PivotMean())
+
+    @field_validator("merger")
+    @classmethod
+    def _is_another(cls, merger: Merger) -> Merger:
+        return another(merger, cls)
 
     @property
     def convex(self) -> frozenset[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from kvcomp.core.interfaces import Scorer
@@ -14,6 +14,7 @@ from kvcomp_strategies.ranking import best_first
 from kvcomp_strategies.scorers.window_attention import WindowAttention
 from kvcomp_strategies.value_norms import AttentionScorer, Norm, projected_norms
 from kvcomp_strategies.windows import share_of
+from kvcomp_strategies.wrapping import another
 
 
 class Critical(Scorer, use="critical"):
@@ -36,6 +37,11 @@ class Critical(Scorer, use="critical"):
     first: float = Field(default=0.5, ge=0.0, le=1.0)
     epsilon: float = Field(default=1e-4, ge=0.0)
     norm: Norm = "l1"
+
+    @field_validator("scorer")
+    @classmethod
+    def _is_another(cls, scorer: Scorer) -> Scorer:
+        return another(scorer, cls)
 
     def score(self, layer: LayerView, slots: Tensor) -> Tensor:
         """Return the score of the second stage."""

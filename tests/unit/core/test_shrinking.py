@@ -69,10 +69,13 @@ def test_every_token_stays_and_the_ratio_is_of_bytes() -> None:
 
 def test_a_budget_that_cannot_be_met_says_what_can() -> None:
     strategy, tokens = kvcomp.strategy("kivi", 0.1), torch.tensor([64, 100])
-    with pytest.raises(BudgetError, match=r"'kivi' keeps every token, and store 'quantized' cannot hold") as caught:
+    with pytest.raises(
+        BudgetError, match=r"'kivi' keeps every token, and store 'quantized' cannot hold \d+ t"
+    ) as caught:
         strategy.limit(tokens, FORM)
     smallest = caught.value.smallest
     assert smallest is not None
+    assert f"`budget={smallest:g}` or `--budget {smallest:g}`" in str(caught.value)
     assert (replace(strategy, budget=Budget.parse(smallest)).limit(tokens, FORM) > 0).all()
     with pytest.raises(BudgetError):
         replace(strategy, budget=Budget.parse(f"{smallest - 1e-6:.6f}")).limit(tokens, FORM)

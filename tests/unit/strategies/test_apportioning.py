@@ -68,6 +68,10 @@ def test_rows_do_not_mix() -> None:
 def test_too_little_room_names_the_smallest_ratio() -> None:
     needed = torch.tensor([[[7, 7]], [[1, 1]]])  # 16 slots of two heads in two layers
     check_room(needed, torch.tensor([7]), torch.tensor([4]), "this")
-    with pytest.raises(kvcomp.BudgetError, match=r"must hold this, which takes \[4\].*it has \[3\]") as caught:
-        check_room(needed, torch.tensor([7]), torch.tensor([3]), "this")
+    rows = torch.cat([needed, needed], dim=1)
+    message = (
+        r"this, which takes 4 of 7 slots per head and layer, and it has 3; give a ratio of at least 0\.571429, as "
+    )
+    with pytest.raises(kvcomp.BudgetError, match=message) as caught:
+        check_room(rows, torch.tensor([20, 7]), torch.tensor([3, 3]), "this")
     assert caught.value.smallest == 0.571429

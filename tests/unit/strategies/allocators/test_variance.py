@@ -22,7 +22,7 @@ def test_skipped_layers_keep_everything_inside_the_budget() -> None:
 
 
 def test_a_budget_that_the_skipped_layers_exceed_is_refused_with_the_smallest() -> None:
-    with pytest.raises(kvcomp.BudgetError, match=r"layers \[0, 2\] kept whole.*ask for at least 0.7") as caught:
+    with pytest.raises(kvcomp.BudgetError, match=r"layers \[0, 2\] kept whole.*a ratio of at least 0.7,") as caught:
         allotted(13, skip_layers=[0, -1])
     assert caught.value.smallest == 0.7  # (20 + 1 + 20) / 3 slots per layer are 14 of 20
     assert allotted(14, skip_layers=[0, -1]).tolist() == [[20, 20], [2, 2], [20, 20]]
