@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import warnings
 from typing import Annotated, Any
 
@@ -23,7 +24,9 @@ from kvcomp.version import __version__
 
 
 class ErrorsAsMessages(TyperGroup):
-    """Shows an error of kvcomp as one message on stderr, with exit code 2; its warnings as one line each."""
+    """Shows an error of kvcomp, or of the operating system (a full disk, a read-only folder), as one
+    message on stderr, with exit code 2; warnings of kvcomp as one line each.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for."""
@@ -42,6 +45,17 @@ class ErrorsAsMessages(TyperGroup):
             except KVCompError as error:
                 typer.echo(f"error: {error}", err=True)
                 raise typer.Exit(2) from None
+            except OSError as error:
+                if error.errno == errno.EPIPE:  # the reader of a pipe has left, as `head` does; typer ends quietly
+                    raise
+                typer.echo(f"error: {_what_failed(error)}", err=True)
+                raise typer.Exit(2) from None
+
+
+def _what_failed(error: OSError) -> str:
+    if error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
 
 
 app = typer.Typer(

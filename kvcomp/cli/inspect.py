@@ -21,7 +21,6 @@ from kvcomp.cli.testbeds import TESTBED, find_folder, find_tasks
 from kvcomp.core.budget import Budget
 from kvcomp.core.config import strategy as build_strategy
 from kvcomp.core.errors import ConfigError, InputError
-from kvcomp.core.registry import registry
 from kvcomp.core.strategy import Strategy
 from kvcomp.lab.images import open_image
 from kvcomp.lab.inspection import Fate, Prompt, follow, make_prompt, prompt_of_sample
@@ -142,9 +141,8 @@ def ask_task(model: str, device: str, task: Task, split: str, number: int) -> As
 
 def ask_prompt(model: str, device: str, prompt: str, images: Sequence[Path]) -> Asked:
     """Return a prompt of one's own, the images before it."""
-    testbeds = {entry.name: str(entry.value) for entry in registry.entries("testbed")}
     pictures = [open_image(path) for path in images]
-    source = find_model(testbeds.get(model, model))
+    source = find_model(model)
     check_images(source, pictures)
     with progress(f"loading {model}"):
         loaded, processor = load_model(source, device), load_processor(source)

@@ -17,7 +17,8 @@ from transformers import (
     AutoTokenizer,
 )
 
-from kvcomp.core.errors import InputError
+from kvcomp.cli.testbeds import testbeds
+from kvcomp.core.errors import InputError, nearest
 from kvcomp.core.registry import registry
 
 FAILURES = (OSError, ValueError, ImportError, KeyError, SafetensorError)
@@ -37,11 +38,14 @@ class Source:
 
 
 def find_model(name: str) -> Source:
-    """Return the model in a folder or of a hub id; only its configuration is read.
+    """Return the model of a testbed, in a folder, or of a hub id; only its configuration is read.
 
     Raises:
         InputError: there is no such folder, or no configuration in it.
     """
+    own = testbeds()
+    if name in own:
+        return Source(str(own[name]), AutoConfig.from_pretrained(own[name]))
     if _is_path(name) and not Path(name).expanduser().is_dir():
         raise InputError(f"--model must be a folder or a hub id, and this folder does not exist: {name}")
     registry.entries("adapter")  # plugins are loaded, which may add families to transformers
@@ -49,8 +53,14 @@ def find_model(name: str) -> Source:
     try:
         return Source(place, AutoConfig.from_pretrained(place))
     except FAILURES as error:
-        what = "holds no model configuration" if Path(place).is_dir() else "is neither a folder here nor a hub id"
-        raise InputError(f"--model {name} {what}: {_first_line(error)}") from error
+        if Path(place).is_dir():
+            raise InputError(f"--model {name} holds no model configuration: {_first_line(error)}") from error
+        near = nearest(name, own)
+        hint = "" if near is None else f" Did you mean {near!r}?"
+        raise InputError(
+            f"--model {name} is neither a testbed, nor a folder here, nor a hub id that can be had.{hint} "
+            f"{_first_line(error)}"
+        ) from error
 
 
 def load_model(source: Source, device: str) -> Any:

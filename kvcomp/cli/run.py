@@ -54,7 +54,7 @@ class Ticks(BaseStreamer):  # type: ignore[misc]
 
 
 def run(
-    model: Annotated[str, typer.Option(help="Folder or hub id of a Hugging Face model.")],
+    model: Annotated[str, typer.Option(help="Name of a testbed, or folder or hub id of a Hugging Face model.")],
     prompt: Annotated[str, typer.Option(help="What to ask; the images come before it.")],
     image: Annotated[list[Path] | None, typer.Option(help="Image file; repeat it for several.")] = None,
     strategy: Annotated[str, typer.Option(help="Recipe name, or a YAML file.")] = "flowmm",

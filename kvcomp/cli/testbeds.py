@@ -13,17 +13,21 @@ TESTBED = "minimile-xs"
 ALL = "all"
 
 
+def testbeds() -> dict[str, Path]:
+    """Return the folder of each registered testbed, by its name."""
+    return {entry.name: Path(entry.value) for entry in registry.entries("testbed")}
+
+
 def find_folder(model: str) -> Path:
     """Return the folder of a testbed by its name, or of a model by its path.
 
     Raises:
         InputError: there is neither.
     """
-    testbeds = {entry.name: Path(entry.value) for entry in registry.entries("testbed")}
-    folder = testbeds.get(model, Path(model).expanduser())
+    folder = testbeds().get(model, Path(model).expanduser())
     if not folder.is_dir():
         raise InputError(
-            f"must be the folder of a model or the name of a testbed, got {model!r}. {suggest(model, testbeds)}"
+            f"must be the folder of a model or the name of a testbed, got {model!r}. {suggest(model, testbeds())}"
         )
     return folder
 
@@ -65,7 +69,7 @@ def find_tasks(names: str, model: str) -> tuple[list[Task], list[str]]:
 
 
 def _testbed(model: str) -> str:
-    return model if model in {entry.name for entry in registry.entries("testbed")} else TESTBED
+    return model if model in testbeds() else TESTBED
 
 
 def _find_task(name: str) -> Task:

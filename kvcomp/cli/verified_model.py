@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvcomp.cli.models import Source, find_model, load_model, load_processor
 from kvcomp.cli.prompts import encode_prompt
+from kvcomp.cli.testbeds import testbeds
 from kvcomp.core.errors import InputError, suggest
 from kvcomp.testing.envelope import Family, NotClaimedError
 from kvcomp.testing.envelope.bench import left_padded
@@ -34,7 +35,7 @@ def families_named(names: Sequence[str]) -> list[Family]:
 
 
 def _family(name: str) -> Family:
-    """Return a family with a tiny model, or that of a model's folder or hub id.
+    """Return a family with a tiny model, or that of a testbed, a model's folder or a hub id.
 
     Raises:
         InputError: it is neither, or the installed transformers does not have the family.
@@ -43,9 +44,10 @@ def _family(name: str) -> Family:
         if not family.available:
             raise InputError(f"--model must be a family that the installed transformers has, got {name!r}; upgrade it")
         return family
-    if not Path(name).expanduser().is_dir() and "/" not in name:
+    if name not in testbeds() and not Path(name).expanduser().is_dir() and "/" not in name:
         raise InputError(
-            f"--model must be a family with a tiny model or a model's folder, got {name!r}. {suggest(name, FAMILIES)}"
+            f"--model must be a family with a tiny model, a testbed or a model's folder, got {name!r}. "
+            f"{suggest(name, [*FAMILIES, *testbeds()])}"
         )
     return LoadedFamily(find_model(name))
 

@@ -25,7 +25,7 @@ def verify(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="A family with a tiny model (`llama`), `all` of them, or a model's folder; repeat it for several."
+            help="A family with a tiny model (`llama`), `all` of them, a testbed, or a model's folder; repeat it."
         ),
     ] = None,
     feature: Annotated[

@@ -15,7 +15,8 @@ from torch import Tensor
 from kvcomp.core.errors import BudgetError
 
 SPELLINGS = "a ratio in (0, 1] such as 0.2, {tokens: 512} (or '512t'), or {bytes: 64MiB} (or '64MiB')"
-BYTE_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+BYTE_UNITS = {"B": 1} | {f"{prefix}iB": 2 ** (10 * power) for power, prefix in enumerate("KMGT", 1)}
+BYTE_UNITS |= {f"{prefix}B": 10 ** (3 * power) for power, prefix in enumerate("KMGT", 1)}
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Budget:
 
     @classmethod
     def parse(cls, value: Budget | float | str | Mapping[str, Any]) -> Budget:
-        """Return the budget that a number, a string or a mapping spells.
+        """Return the budget that a number, a string or a mapping spells. Units of bytes may be in small letters.
 
         Raises:
             BudgetError: the value is none of the three spellings, or out of range.
@@ -66,7 +67,7 @@ class Budget:
             raise BudgetError(f"a budget must be {SPELLINGS}; got {value!r}")
         if isinstance(value, str) and (tokens := re.fullmatch(r"\s*(\d+)\s*t(okens)?\s*", value)):
             return cls(tokens=int(tokens[1]))
-        if isinstance(value, str) and value.strip().endswith("B"):
+        if isinstance(value, str) and value.strip().lower().endswith("b"):
             return cls(bytes=_parse_bytes(value))
         try:
             ratio = Fraction(str(value).strip())
@@ -141,7 +142,8 @@ class Budget:
 def _parse_bytes(value: int | str) -> int:
     if isinstance(value, int):
         return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|B)?\s*", value)
-    if match is None:
+    units = {unit.lower(): size for unit, size in BYTE_UNITS.items()}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower())
+    if match is None or (match[2] or "b") not in units:
         raise BudgetError(f"bytes must be a whole number or like '64MiB' ({', '.join(BYTE_UNITS)}); got {value!r}")
-    return int(Fraction(match[1]) * BYTE_UNITS[match[2] or "B"])
+    return int(Fraction(match[1]) * units[match[2] or "b"])

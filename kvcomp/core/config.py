@@ -68,8 +68,9 @@ class UniqueKeyLoader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
         for place, key in enumerate(keys):
             if key in keys[:place]:
-                mark = node.value[place][0].start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", mark)
+                written, mark = node.value[place][0].value, node.value[place][0].start_mark
+                fault = f"the key {written!r} stands twice" + (" (true is 1, and false 0)" if key in (0, 1) else "")
+                raise yaml.constructor.ConstructorError(None, None, fault, mark)
         return super().construct_mapping(node, deep)
 
 
@@ -81,12 +82,15 @@ def load_document(path: Path) -> dict[str, Any]:
     """
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)  # noqa: S506, a safe loader
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"a strategy file must be readable text: {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
         raise InputError(f"a strategy file must be readable text: {path}: {error}") from None
     except yaml.YAMLError as error:
         raise InputError(f"a strategy file must be YAML: {path}: {error}") from None
     if not isinstance(document, dict):
-        raise InputError(f"a strategy file must hold a mapping of parts, got {type(document).__name__}: {path}")
+        got = "nothing" if document is None else type(document).__name__
+        raise InputError(f"a strategy file must hold a mapping of parts, got {got}: {path}")
     return {str(key): value for key, value in document.items()}
 
 

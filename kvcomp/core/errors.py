@@ -134,6 +134,18 @@ def suggest(name: str, available: Iterable[str]) -> str:
     "Did you mean 'proxy-attention'? Available: proxy-attention, random."
     """
     names = sorted(available)
-    near = difflib.get_close_matches(str(name), names, n=1)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
+    near = nearest(name, names)
+    hint = "" if near is None else f"Did you mean {near!r}? "
     return f"{hint}Available: {', '.join(names) or 'none'}."
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """Return the name that was probably meant, None where none is near. What stands before a `/` is not compared: all
+    tasks of a package have it in common.
+
+    >>> nearest("mini/recal", ["mini/recall", "mini/order"]), nearest("mini/nothing", ["mini/spot_diff"])
+    ('mini/recall', None)
+    """
+    by_end = {known.rpartition("/")[2]: known for known in names}
+    near = difflib.get_close_matches(str(name).rpartition("/")[2], by_end, n=1)
+    return by_end[near[0]] if near else None

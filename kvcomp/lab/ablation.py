@@ -255,6 +255,8 @@ def _describe(fault: Mapping[str, Any]) -> str:
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
     if fault["type"] == "extra_forbidden":
         section = next((SECTIONS[part] for part in fault["loc"] if part in SECTIONS), AblationFile)
+        if place in ([BUDGET], [f"{BUDGET}s"]):
+            return f"{path}: no such key; budgets are part of the grid, as `grid: {{budget: [0.1, 0.2]}}`"
         return f"{path}: no such key. {suggest(str(place[-1]), section.model_fields)}"
     if fault["type"] == "missing":
         return f"{path}: must be given"

@@ -185,6 +185,8 @@ def _save_rotary(layers: list[CompressedCacheLayer], tensors: dict[str, Tensor])
 
 
 def _open(path: Path, tensors: bool = True) -> tuple[Header, dict[str, Tensor]]:
+    if path.is_dir():
+        raise InputError(f"a saved cache must be a safetensors file, and this is a folder: {path}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             header = parse_header((file.metadata() or {}).get("kvcomp"), path)

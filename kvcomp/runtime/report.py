@@ -83,11 +83,12 @@ class Report:
     def __rich__(self) -> Table:
         share = self.allocated_bytes / self.full_bytes if self.full_bytes else 1.0
         sizes = f"{_size(self.allocated_bytes)} of {_size(self.full_bytes)} ({share:.1%})"
-        table = Table(
-            title=f"{self.recipe} at budget {self.budget}: {sizes}",
-            caption=f"reserved {_size(self.reserved_bytes)}, bookkeeping {_size(self.bookkeeping_bytes)}, "
-            f"compressed in {self.seconds * 1e3:.1f} ms",
+        title = f"{self.recipe} at budget {self.budget}: {sizes}"
+        caption = (
+            f"reserved {_size(self.reserved_bytes)}, bookkeeping {_size(self.bookkeeping_bytes)}, "
+            f"compressed in {self.seconds * 1e3:.1f} ms"
         )
+        table = Table(title=title, caption=caption, min_width=max(len(title), len(caption)))  # a line each
         for column in ("layer", "slots", "tokens", "merged", "evicted", "rho", "bytes"):
             table.add_column(column, justify="right")
         for layer in self.layers:
@@ -163,8 +164,9 @@ def _join(values: Iterable[float | None]) -> str:
 
 
 def _size(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
+    unit = "B"
+    for larger in ("KiB", "MiB", "GiB"):
         if num_bytes < 1024:
-            return f"{num_bytes:.4g} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.4g} GiB"
+            break
+        num_bytes, unit = num_bytes / 1024, larger
+    return f"{f'{num_bytes:.1f}'.removesuffix('.0')} {unit}"

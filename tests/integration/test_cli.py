@@ -1,10 +1,12 @@
 """The command line, in this process and as a process of its own."""
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,10 +14,13 @@ from commands import call, save_untrained
 from models import TEXT
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import kvcomp
+from kvcomp.cli import catalogue
 from kvcomp.core.about import About
+from kvcomp.core.interfaces import PART_KINDS
+from kvcomp.core.making import make_part
 from kvcomp.core.registry import registry
 
 KINDS = {
@@ -115,7 +120,86 @@ def test_an_unknown_recipe_exits_with_2_and_the_nearest_name():
     result = call("show", "flowm")
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert "no recipe named 'flowm'. Did you mean 'flowmm'?" in result.stderr
+    assert (
+        result.stderr == "error: no recipe or part named 'flowm'. Did you mean 'flowmm'? `kvcomp list` has them all\n"
+    )
+
+
+def test_list_of_one_kind():
+    entries = json.loads(call("list", "scorer", "--json").stdout)
+    assert entries == [entry.describe() for entry in registry.entries("scorer")]
+    result = call("list", "scorers")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "no kind named 'scorers'. Did you mean 'scorer'?" in result.stderr
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PART_KINDS if registry.entries(kind)])
+def test_what_show_writes_of_a_part_makes_that_part_with_its_defaults(kind):
+    for entry in registry.entries(kind):
+        shown = call("show", entry.name)
+        assert shown.exit_code == 0
+        if entry.name in {recipe.name for recipe in registry.entries("recipe")}:
+            continue  # a recipe of that name goes before
+        written = yaml.safe_load(shown.stdout)
+        required = [name for name, field in entry.value.model_fields.items() if field.is_required()]
+        assert all(f"# `{name}` must be given." in shown.stdout for name in required)
+        if not required:
+            faults = []
+            assert make_part(kind, written[kind], faults) == entry.value()
+            assert faults == []
+
+
+def test_show_of_a_name_that_several_kinds_have_shows_each():
+    assert yaml.safe_load(call("show", "uniform").stdout) == {
+        "allocator": {"use": "uniform"},
+        "policy": {"use": "uniform"},
+    }
+
+
+def test_show_of_what_is_neither_recipe_nor_part():
+    result = call("show", "minimile-xs")
+    assert result.exit_code == 2
+    assert "'minimile-xs' is a testbed, and `kvcomp show` shows recipes and parts" in result.stderr
+
+
+def test_check_takes_the_name_of_a_recipe_too():
+    assert call("check", "snapkv").stdout == "snapkv: no fault; snapkv at budget 0.2\n"
+    assert "no recipe named 'snapk'. Did you mean 'snapkv'?" in call("check", "snapk").stderr
+
+
+@pytest.mark.filterwarnings("always::kvcomp.core.errors.IgnoredSettingWarning")
+def test_check_warns_of_settings_that_change_nothing(tmp_path):
+    file = tmp_path / "half.yaml"
+    file.write_text("budget: 0.2\nscorer: {use: random}\n")
+    result = call("check", file)
+    assert result.exit_code == 0
+    assert "warning: recipe 'half' has no selector, so it keeps everything and ignores the budget 0.2" in result.stderr
+    assert "warning: recipe 'half' has no selector, so its scorer 'random' does nothing" in result.stderr
+
+
+# --- what the operating system says ---
+
+
+def test_a_folder_that_cannot_be_made_is_one_message(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = call("tasks", "export", "recall", "--out", tmp_path / "file", "--samples", 1)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"error: {tmp_path}/file/.mini-recall.partial/images: Not a directory\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_one_message():
+    result = call("inspect", "--task", "recall", "--max-new-tokens", 1, "--out", "/dev/full")
+    assert (result.exit_code, result.stderr) == (2, "error: No space left on device\n")
+
+
+def test_the_reader_of_a_pipe_may_leave(monkeypatch):
+    def broken(_):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(catalogue, "emit_json", broken)
+    result = call("list", "--json")
+    assert (result.exit_code, result.stderr) == (1, "")
 
 
 def test_check_lists_every_fault_with_its_path(tmp_path):
@@ -139,7 +223,14 @@ def test_check_lists_every_fault_with_its_path(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "readable"), ("a: [", "must be YAML"), ("- flowmm", "must hold a mapping")]
+    ("content", "message"),
+    [
+        (None, "readable text: {file}: No such file or directory"),
+        ("a: [", "must be YAML"),
+        ("- flowmm", "must hold a mapping"),
+        ("", "must hold a mapping of parts, got nothing"),
+        ("1: a\ntrue: b", "the key 'true' stands twice (true is 1, and false 0)"),
+    ],
 )
 def test_check_of_a_file_that_holds_no_strategy(tmp_path, content, message):
     file = tmp_path / "file.yaml"
@@ -147,7 +238,7 @@ def test_check_of_a_file_that_holds_no_strategy(tmp_path, content, message):
         file.write_text(content)
     result = call("check", file)
     assert result.exit_code == 2
-    assert message in result.stderr
+    assert message.format(file=file) in result.stderr
     assert str(file) in result.stderr
 
 
@@ -179,6 +270,22 @@ def test_run_answers_with_images_and_reports_the_cache(vision_model, red):
     assert generated == 3  # the last of four is never fed back
     assert [layer["slots"] for layer in document["report"]["layers"]] == [[tokens // 2 + generated]] * 4
     assert isinstance(document["answer"], str)
+
+
+def test_run_takes_the_name_of_a_testbed():
+    result = call("run", "--model", "minimile-xs", "--prompt", "what ?", "--max-new-tokens", 1, "--json")
+    assert json.loads(result.stdout)["report"]["recipe"] == "flowmm"
+
+
+def test_a_name_that_is_no_model_is_compared_with_the_testbeds(monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", unreachable)
+    result = call("run", "--model", "minimile-x", "--prompt", "what ?")
+    assert result.exit_code == 2
+    assert "--model minimile-x is neither a testbed, nor a folder here, nor a hub id" in result.stderr
+    assert "Did you mean 'minimile-xs'? no network" in result.stderr
 
 
 def test_run_equals_the_same_call_in_python(vision_model, red, tmp_path):

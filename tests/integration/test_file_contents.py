@@ -154,6 +154,8 @@ def test_a_damaged_file_is_an_error_of_one_line(damage, tmp_path):
     damage(tmp_path / "cache")
     with pytest.raises(kvcomp.InputError, match="a saved cache must be a readable safetensors file"):
         kvcomp.load_cache(tmp_path / "cache", tiny_llama())
+    with pytest.raises(kvcomp.InputError, match="a saved cache must be a safetensors file, and this is a folder"):
+        kvcomp.load_cache(tmp_path, tiny_llama())
 
 
 def first(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Change:

@@ -30,6 +30,7 @@ REFUSED = {
     "zero t": ("0t", "at least 1, got 0"),
     "zero bytes": ({"bytes": 0}, "a budget in bytes must be at least 1, got 0"),
     "unknown unit": ({"bytes": "3 parsecs"}, "bytes must be a whole number or like '64MiB'"),
+    "unknown unit of bytes": ("1xb", r"KiB, MiB, GiB, TiB, KB, MB, GB, TB\); got '1xb'"),
     "unit without number": ("MiB", "like '64MiB'"),
     "unknown key": ({"slots": 3}, "got {'slots': 3}"),
     "two keys": ({"tokens": 3, "bytes": 5}, "a budget must be"),
@@ -58,6 +59,8 @@ READ = {
     "half a KB": ({"bytes": "0.5KB"}, Budget(bytes=500)),
     "GiB": ("1 GiB", Budget(bytes=2**30)),
     "plain B": ("17B", Budget(bytes=17)),
+    "small letters": ("32kb", Budget(bytes=32_000)),
+    "TiB": ({"bytes": "1TiB"}, Budget(bytes=2**40)),
     "digits in a mapping": ({"bytes": "17"}, Budget(bytes=17)),
 }
 

@@ -199,7 +199,7 @@ FILES = {
     "python object": ("scorer: !!python/object/apply:os.system ['echo unsafe']", "a strategy file must be YAML"),
     "no YAML": ("scorer: [", "a strategy file must be YAML"),
     "a list": ("- 1\n- 2\n", "must hold a mapping of parts, got list"),
-    "empty": ("", "must hold a mapping of parts, got NoneType"),
+    "empty": ("", "must hold a mapping of parts, got nothing"),
     "a word": ("flowmm", "must hold a mapping of parts, got str"),
 }
 
@@ -320,10 +320,10 @@ def test_a_part_inside_a_part_is_a_name_or_a_mapping() -> None:
 
 
 def test_an_override_reaches_into_a_part_inside_a_part() -> None:
-    deep = {"use": "values-only", "merger": {"use": "values-only"}}
+    deep = {"use": "values-only", "merger": {"use": "unrotated"}}
     changed = kvcomp.strategy({**INSIDE, "merger": deep}, **{"merger.merger.merger": "mean"})
-    assert [part.use for part in changed.merger.family()] == ["values-only", "values-only", "mean"]
-    assert deep == {"use": "values-only", "merger": {"use": "values-only"}}
+    assert [part.use for part in changed.merger.family()] == ["values-only", "unrotated", "mean"]
+    assert deep == {"use": "values-only", "merger": {"use": "unrotated"}}
 
 
 def test_an_override_reaches_a_part_inside_a_part_that_the_file_leaves_to_its_default() -> None:

@@ -81,8 +81,14 @@ def test_a_budget_error_says_what_would_do() -> None:
         ("zzz", ["random", "proxy"], "Available: proxy, random."),
         ("zzz", [], "Available: none."),
         ("TOPK", ["top-k"], "Available: top-k."),
+        (
+            "mini/recal",
+            ["mini/order", "mini/recall"],
+            "Did you mean 'mini/recall'? Available: mini/order, mini/recall.",
+        ),
+        ("mini/nothing", ["mini/order"], "Available: mini/order."),
     ],
-    ids=["near", "far", "nothing", "case"],
+    ids=["near", "far", "nothing", "case", "near after a slash", "far after a slash"],
 )
 def test_suggest(name: str, available: list[str], expected: str) -> None:
-    assert errors.suggest(name, available).endswith(expected)
+    assert errors.suggest(name, available) == expected

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 from kvcomp_strategies.mergers.mean import Mean
+from kvcomp_strategies.mergers.unrotated import Unrotated
 from kvcomp_strategies.mergers.values_only import ValuesOnly
 from kvcomp_strategies.scorers.position import Position
 from kvcomp_strategies.scorers.received_attention import ReceivedAttention
@@ -68,12 +69,12 @@ def test_every_method_of_an_interface_says_what_it_returns(kind: str) -> None:
 
 
 def test_a_part_knows_the_parts_inside_it() -> None:
-    deep = ValuesOnly(merger=ValuesOnly(merger=Mean()))
-    assert [part.use for part in deep.family()] == ["values-only", "values-only", "mean"]
-    assert deep.inner_parts() == (ValuesOnly(merger=Mean()),)
+    deep = ValuesOnly(merger=Unrotated(merger=Mean()))
+    assert [part.use for part in deep.family()] == ["values-only", "unrotated", "mean"]
+    assert deep.inner_parts() == (Unrotated(merger=Mean()),)
     assert ValuesOnly.part_fields() == {"merger": kvcomp.Merger}
     assert deep.gives() == {"merging"}
-    inside = {"use": "values-only", "merger": {"use": "mean"}}
+    inside = {"use": "unrotated", "merger": {"use": "mean"}}
     assert deep.dump() == {"use": "values-only", "merger": inside}
 
 

@@ -86,6 +86,7 @@ def test_all_faults_of_the_form_come_at_once() -> None:
         "query_modes": ["seen"],
         "grid": {"budget": []},
         "models": [{"model": "m", "devise": "cpu"}],
+        "budgets": [0.2],
     }
     with pytest.raises(ConfigError) as error:
         parse_document(wrong, "file.yaml")
@@ -94,6 +95,7 @@ def test_all_faults_of_the_form_come_at_once() -> None:
     for part in (
         "model: no such key. Did you mean 'models'?",
         "models[0].devise: no such key. Did you mean 'device'?",
+        "budgets: no such key; budgets are part of the grid, as `grid: {budget: [0.1, 0.2]}`",
         "tasks:",
         "samples: input should be greater than or equal to 1, got 0",
         "seed[0]:",
