@@ -117,10 +117,12 @@ def reconstruction(
     overlap: int = 0,
     instruction: tuple[int, ...] = (),
     hidden: dict[int, Tensor] | None = None,
+    squares: bool = False,
 ) -> list[list[list[float]]]:
     """The score of each token, `[layer][kv_head][token]`, for one row without padding. The model is in float64.
 
-    `hidden` `(kv_heads, tokens)` bool, per layer: what of the cache is not seen.
+    `hidden` `(kv_heads, tokens)` bool, per layer: what of the cache is not seen. With `squares` a score is the sum of
+    the squares, in place of the largest.
     """
     prompt = prefill(model, inputs)
     tokens = prompt.embeddings.shape[1]
@@ -151,28 +153,26 @@ def reconstruction(
             for layer in range(len(seen.queries)):
                 found = []
                 if seen.keys[layer].shape[1] == tokens + fed.shape[1]:  # else its window slides
-                    found = largest_received(seen.queries[layer], seen.keys[layer], tokens, seen.hidden.get(layer))
+                    rows = (seen.queries[layer], seen.keys[layer], tokens, seen.hidden.get(layer))
+                    found = (squares_received if squares else largest_received)(*rows)
                 if layer == len(scores):
-                    scores.append(found)
+                    scores.append([[0.0] * tokens for _ in found])
+                join = sum if squares else max
                 scores[layer] = [
-                    [max(pair) for pair in zip(*heads, strict=True)] for heads in zip(scores[layer], found, strict=True)
+                    [join(pair) for pair in zip(*heads, strict=True)]
+                    for heads in zip(scores[layer], found, strict=True)
                 ]
     return scores
 
 
-def halved(
-    model: PreTrainedModel, inputs: dict[str, Tensor], slots: int, shared: bool = False
-) -> list[list[list[int]]]:
+def halved(model: PreTrainedModel, inputs: dict[str, Tensor], slots: int) -> list[list[list[int]]]:
     """What is kept of a cache that is halved until the budget is reached, reconstructed from what is left each time:
-    `[layer][kv_head]` places. Each time a head keeps its best, or, with a `shared` budget, what `shared_budget` with a
-    floor of a tenth gives it.
+    `[layer][kv_head]` places. Each time a head keeps its best.
     """
     tokens, hidden, share = inputs["input_ids"].shape[1], None, inputs["input_ids"].shape[1]
     while True:
         scores, share = reconstruction(model, inputs, hidden=hidden), max(slots, share // 2)
         left = [[kept(head, share) for head in heads] for heads in scores]
-        if shared:
-            left = shared_budget(scores, share, floor=share // 10)
         if share == slots:
             return left
         hidden = {
@@ -185,21 +185,33 @@ def largest_received(queries: Tensor, keys: Tensor, tokens: int, hidden: Tensor 
     """ "The score of a pair is the largest attention that it receives while the context is reconstructed", over all
     rows and all query heads of a KV head, `[kv_head][token]`.
     """
+    scores = [[0.0] * tokens for _ in keys]
+    for kv_head, probs in received(queries, keys, tokens, hidden):
+        for row in range(probs.shape[0]):
+            for token in range(tokens):
+                scores[kv_head][token] = max(scores[kv_head][token], float(probs[row, token]))
+    return scores
+
+
+def squares_received(queries: Tensor, keys: Tensor, tokens: int, hidden: Tensor | None = None) -> list[list[float]]:
+    """The sum of the squares of the same, `[kv_head][token]`."""
+    scores = [[0.0] * tokens for _ in keys]
+    for kv_head, probs in received(queries, keys, tokens, hidden):
+        for row in range(probs.shape[0]):
+            for token in range(tokens):
+                scores[kv_head][token] += float(probs[row, token]) ** 2
+    return scores
+
+
+def received(queries: Tensor, keys: Tensor, tokens: int, hidden: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
+    """The attention of each query head, `(rows, columns)`, and the KV head that it belongs to."""
     group = queries.shape[0] // keys.shape[0]
     rows, new = queries.shape[1], keys.shape[1] - tokens
-    scores = []
-    for kv_head in range(keys.shape[0]):
+    for head in range(queries.shape[0]):
         visible = torch.ones(rows, tokens + new).tril(tokens).bool()
         if hidden is not None:
-            visible[:, :tokens] &= ~hidden[kv_head]
-        best = [0.0] * tokens
-        for head in range(kv_head * group, (kv_head + 1) * group):
-            probs = oracles.softmax_attention(queries[head], keys[kv_head], visible)
-            for row in range(probs.shape[0]):
-                for token in range(tokens):
-                    best[token] = max(best[token], float(probs[row, token]))
-        scores.append(best)
-    return scores
+            visible[:, :tokens] &= ~hidden[head // group]
+        yield head // group, oracles.softmax_attention(queries[head], keys[head // group], visible)
 
 
 def kept(scores: list[float], slots: int, sinks: int = 0) -> list[int]:

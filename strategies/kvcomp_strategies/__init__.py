@@ -35,7 +35,7 @@ from kvcomp_strategies.observations.post_vision import PostVisionSums
 from kvcomp_strategies.observations.query_peaks import QueryPeaks
 from kvcomp_strategies.observations.query_statistics import QueryStatistics
 from kvcomp_strategies.observations.received_attention import ReceivedSums
-from kvcomp_strategies.observations.reconstruction import LargestReceived
+from kvcomp_strategies.observations.reconstruction import LargestReceived, SquaresReceived
 from kvcomp_strategies.observations.row_entropy import RowEntropy
 from kvcomp_strategies.observations.sparsity import Sparsity
 from kvcomp_strategies.observations.window_attention import WindowRows
@@ -124,6 +124,7 @@ PARTS: tuple[type[Part], ...] = (
     PostVisionSums,
     Sparsity,
     LargestReceived,
+    SquaresReceived,
     WindowRows,
 )
 

@@ -137,7 +137,11 @@ def reconstructing_row(recipe, groups, keys, values, slots):  # type: ignore[no-
     largest = [[max(float(head[:, token].max()) for head in group) for token in range(tokens)] for group in groups]
     if recipe == "kvzip":
         return [{"kept": places} for places in oracles_recon.shared_budget([largest], slots, floor=0, sinks=4)[0]]
-    kept = oracles_recon.shared_budget([largest], slots, floor=slots // 10)[0]
+    squares = [
+        [sum(float(head[row, token]) ** 2 for head in group for row in range(len(head))) for token in range(tokens)]
+        for group in groups
+    ]
+    kept = oracles_recon.shared_budget([squares], slots, floor=slots // 10)[0]
     if recipe == "kvcomp-global":
         return [{"kept": places} for places in kept]
     goes = [sorted(set(range(tokens)) - set(places)) for places in kept]

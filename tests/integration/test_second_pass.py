@@ -126,7 +126,8 @@ def test_kvcomp_global_keeps_the_best_of_all_layers_and_heads(family, budget):
     build, inputs = MODELS[family]
     cache = prefill(build(), inputs, "kvcomp-global", budget=budget)
     slots = oracles.num_slots(budget, inputs["input_ids"].shape[1])
-    expected = oracles_recon.halved(*in_float64(family), slots, shared=True)
+    scores = oracles_recon.reconstruction(*in_float64(family), squares=True)
+    expected = oracles_recon.shared_budget(scores, slots, floor=slots // 10)
     assert_kept(cache, expected)
     assert cache.report().allocated_bytes == sum(len(kept) for heads in expected for kept in heads) * (
         2 * cache.layers[0].keys.shape[3] * 4

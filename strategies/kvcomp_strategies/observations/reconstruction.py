@@ -1,4 +1,4 @@
-"""The largest attention that each token receives while the context is fed once more."""
+"""The attention that each token receives while the context is fed once more."""
 
 from __future__ import annotations
 
@@ -19,11 +19,8 @@ TokenIds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_a
 """Token ids of a model's own tokenizer; a list in a file."""
 
 
-class LargestReceived(Observation, use="reconstruction"):
-    """Largest attention probability that each token receives from the rows of a second pass, `(batch, heads, tokens)`
-    float32: KVzip's context reconstruction (arXiv:2505.23416; snu-mllab/KVzip, `attention/score.py`).
-
-    Carried: a slot keeps the largest of all turns. Deviations are listed at the scorer `reconstruction`.
+class SecondReading(Observation):
+    """A statistic of the rows of a second pass.
 
     Attributes:
         chunk: tokens that are fed at a time; each chunk attends to the whole context and to itself.
@@ -43,6 +40,14 @@ class LargestReceived(Observation, use="reconstruction"):
         """Return how the context is fed once more."""
         return Repeat(self.chunk, self.overlap, self.instruction)
 
+
+class LargestReceived(SecondReading, use="reconstruction"):
+    """Largest attention probability that each token receives from the rows of a second pass, `(batch, heads, tokens)`
+    float32: KVzip's context reconstruction (arXiv:2505.23416; snu-mllab/KVzip, `attention/score.py`).
+
+    Carried: a slot keeps the largest of all turns. Deviations are listed at the scorer `reconstruction`.
+    """
+
     def update(self, state: Tensor | None, block: AttentionBlock) -> Tensor:
         """Return the largest so far."""
         largest = block.widened(block.leading.amax(dim=2))
@@ -51,3 +56,16 @@ class LargestReceived(Observation, use="reconstruction"):
     def join(self, before: Tensor, now: Tensor) -> Tensor:
         """Return the larger."""
         return before.maximum(now)
+
+
+class SquaresReceived(SecondReading, use="reconstruction-squares"):
+    """Sum of the squared attention probabilities that each token receives from the rows of a second pass,
+    `(batch, heads, tokens)` float32 (ours).
+
+    Carried: a slot keeps the sum of all turns.
+    """
+
+    def update(self, state: Tensor | None, block: AttentionBlock) -> Tensor:
+        """Return the sum so far."""
+        squares = block.widened(block.leading.square().sum(dim=2))
+        return squares if state is None else state + squares

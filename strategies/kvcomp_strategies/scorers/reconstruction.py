@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -11,7 +12,12 @@ from torch import Tensor
 
 from kvcomp.core.interfaces import Observation, Scorer
 from kvcomp.core.types import LayerView
-from kvcomp_strategies.observations.reconstruction import LargestReceived, TokenIds
+from kvcomp_strategies.observations.reconstruction import (
+    LargestReceived,
+    SecondReading,
+    SquaresReceived,
+    TokenIds,
+)
 
 
 class Reconstruction(Scorer, use="reconstruction"):
@@ -31,6 +37,10 @@ class Reconstruction(Scorer, use="reconstruction"):
 
     Attributes:
         chunk, overlap, instruction: see the observation `reconstruction`.
+        received: `"largest"`, or `"squares"` (not in KVzip): the root of the sum of squares over rows and query heads.
+            Dropping token j changes the output of row i by about a_ij (o_i - v_j), so that this is the error over all
+            rows if values are about equally far from the outputs. The largest says nothing of how many rows look, and a
+            head that spreads its attention over tokens which are all alike gives none of them much.
         sinks: how many of the first tokens are protected.
         halving: reconstruct again and again (not in KVzip): from the whole cache, from the better half of it, from the
             better quarter, ... down to the budget, so that tokens which stand in for each other are told from those
@@ -42,17 +52,19 @@ class Reconstruction(Scorer, use="reconstruction"):
     chunk: int = Field(default=2048, ge=1)
     overlap: int = Field(default=8, ge=0)
     instruction: TokenIds = ()
+    received: Literal["largest", "squares"] = "largest"
     sinks: int = Field(default=0, ge=0)
     halving: bool = False
 
     def observations(self) -> tuple[Observation, ...]:
-        """Return the largest attention received in the second pass."""
-        return (self._largest(),)
+        """Return what is received in the second pass."""
+        return (self._reading(),)
 
     def score(self, layer: LayerView, slots: Tensor) -> Tensor:
-        """Return the largest attention received, over the group."""
-        received = layer.observations[self._largest()]
-        return rearrange(received, "b (kv group) t -> b kv group t", kv=layer.shape[1]).amax(dim=2)
+        """Return the attention received, over the group."""
+        received = layer.observations[self._reading()]
+        grouped = rearrange(received, "b (kv group) t -> b kv group t", kv=layer.shape[1])
+        return grouped.amax(dim=2) if self.received == "largest" else grouped.sum(dim=2).sqrt()
 
     def protect(self, layer: LayerView, slots: Tensor) -> Tensor | None:
         """Return the sinks."""
@@ -66,5 +78,6 @@ class Reconstruction(Scorer, use="reconstruction"):
         shares = [(tokens // 2**half).maximum(slots) for half in range(1, halves + 1)]
         return [share for share in shares if bool((share > slots).any())]
 
-    def _largest(self) -> LargestReceived:
-        return LargestReceived(chunk=self.chunk, overlap=self.overlap, instruction=self.instruction)
+    def _reading(self) -> SecondReading:
+        statistic = LargestReceived if self.received == "largest" else SquaresReceived
+        return statistic(chunk=self.chunk, overlap=self.overlap, instruction=self.instruction)

@@ -17,6 +17,7 @@ from kvcomp_strategies.scorers.post_vision import PostVision
 from kvcomp_strategies.scorers.proxy_attention import ProxyAttention
 from kvcomp_strategies.scorers.random import Random
 from kvcomp_strategies.scorers.received_attention import ReceivedAttention
+from kvcomp_strategies.scorers.reconstruction import Reconstruction
 from kvcomp_strategies.scorers.text_first import TextFirst
 from kvcomp_strategies.scorers.window_attention import WindowAttention
 from torch import Tensor
@@ -205,6 +206,20 @@ def test_text_comes_first_inside_each_tier_of_the_scorer_inside() -> None:
     recent_first = TextFirst(scorer=ReceivedAttention(window="open"))
     assert recent_first.tiers(view, torch.tensor([4])).tolist() == [[[1, 0, 0, 1, 2, 3]]]
     assert recent_first.observations() == ReceivedAttention().observations()
+
+
+def test_reconstruction_goes_by_the_largest_attention_or_by_the_root_of_its_squares() -> None:
+    sample = make_sample(0, (5,), kv_heads=2)
+    rows = [torch.stack(attention(sample, head)).flatten(0, 1) for head in range(2)]  # (group rows, tokens)
+    largest, squares = Reconstruction(), Reconstruction(received="squares")
+    for scorer, expected in (
+        (largest, [head.amax(dim=0) for head in rows]),
+        (squares, [head.square().sum(dim=0).sqrt() for head in rows]),
+    ):
+        scores = scorer.score(seen_by(scorer, sample), torch.tensor([2]))
+        torch.testing.assert_close(scores[0].double(), torch.stack(expected).double(), rtol=1e-5, atol=1e-6)
+    (observed,) = squares.observations()
+    assert observed.join(torch.tensor(0.25), torch.tensor(0.5)) == 0.75
 
 
 def test_text_first_protects_what_the_scorer_inside_protects() -> None:
