@@ -151,7 +151,8 @@ class CompressedCache(Cache):
 
         Raises:
             InputError: the conversation is not longer than what the cache has seen.
-            UnsupportedUseError: new media in a batch, or of a family whose processor gives no grids.
+            UnsupportedUseError: new media in a batch, or of a family that does not say which rows of pixels belong to
+                which image.
         """
         self._catch_up()
         first = next(iter(self.compressed_layers.values()))

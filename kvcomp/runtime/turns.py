@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kvcomp.core.errors import InputError, UnsupportedUseError
 
 MEDIA = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+BIDIRECTIONAL = "token_type_ids"  # where given, images (Gemma 3) or the whole prompt (PaliGemma) see what follows
 
 
 def next_turn_arguments(
@@ -58,25 +59,62 @@ def _rope_index(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     """Return the positions of the whole conversation, `(axes, batch, tokens)`, from the model's own rule."""
     rule = model.base_model.get_rope_index
     known = inspect.signature(rule).parameters
-    positions: Tensor = rule(**{name: value for name, value in inputs.items() if name in known})[0]
+    given = dict(inputs)
+    if "feature_attention_mask" in given:  # Qwen2.5-Omni's rule has names of its own for what its processor gives
+        given["audio_seqlens"] = given["feature_attention_mask"].sum(dim=-1)
+    if "video_second_per_grid" in given:
+        given["second_per_grids"] = given["video_second_per_grid"]
+    positions: Tensor = rule(**{name: value for name, value in given.items() if name in known})[0]
     return positions
 
 
 def _new_media(model: Any, inputs: Mapping[str, Any], seen: int) -> dict[str, Tensor]:
-    """Return pixels and grids of the images and videos whose placeholders the cache has not seen."""
+    """Return pixels, and what belongs to them, of the images and videos whose placeholders the cache has not seen."""
     fresh: dict[str, Tensor] = {}
+    ids = inputs["input_ids"]
     for kind, (pixels, grid) in MEDIA.items():
-        token = getattr(model.config, f"{kind}_token_id", None)
-        if inputs.get(pixels) is None or not bool((inputs["input_ids"][:, seen:] == token).any()):
+        placeholders = ids == getattr(model.config, f"{kind}_token_id", None)
+        if inputs.get(pixels) is None or not bool(placeholders[:, seen:].any()):
             continue
-        if inputs.get(grid) is None or inputs["input_ids"].shape[0] != 1:
-            raise UnsupportedUseError(
-                f"later turns with {kind}s need one conversation per cache and a model whose processor gives {grid!r}"
-            )
-        before = int((inputs["input_ids"][0, :seen] == token).sum())
+        if ids.shape[0] != 1:
+            raise UnsupportedUseError(f"later turns with {kind}s need one conversation per cache, got {ids.shape[0]}")
+        before, whole = int(placeholders[:, :seen].sum()), int(placeholders.sum())
+        if inputs.get(grid) is None:
+            fresh |= _new_rows(inputs, pixels, before, whole)
+            continue
         patches = inputs[grid].prod(dim=1)
         merged = model.config.vision_config.spatial_merge_size**2
         old = int(((patches // merged).cumsum(dim=0) <= before).sum())
         if old < len(patches):
             fresh |= {pixels: inputs[pixels][int(patches[:old].sum()) :], grid: inputs[grid][old:]}
     return fresh
+
+
+def _new_rows(inputs: Mapping[str, Any], pixels: str, before: int, whole: int) -> dict[str, Tensor]:
+    """Return the rows of pixels that the cache has not seen, of a family without grids.
+
+    Every row stands for as many placeholders.
+
+    Args:
+        inputs: of the whole conversation.
+        pixels: the name of the pixels, one row for each image or tile of one.
+        before: placeholders that the cache has seen.
+        whole: placeholders of the whole conversation.
+
+    Raises:
+        UnsupportedUseError: rows stand for different numbers, something else belongs to the images, or images see what
+            follows in them.
+    """
+    tokens = inputs["input_ids"].shape
+    others = {name for name, value in inputs.items() if isinstance(value, Tensor) and value.shape != tokens} - {pixels}
+    others |= inputs.keys() & {BIDIRECTIONAL}
+    rows = inputs[pixels].shape[0]
+    each, rest = divmod(whole, rows)
+    if others or rest or before % each:
+        counts = f"{whole} placeholders for {rows} rows, {before} seen"
+        given = f"also {', '.join(sorted(others))}" if others else counts
+        raise UnsupportedUseError(
+            "later turns with new media need a model whose processor gives their grids, or nothing but one row of "
+            f"{pixels} per equal number of placeholders; got {given}; give the whole conversation to a new cache"
+        )
+    return {pixels: inputs[pixels][before // each :]}

@@ -46,6 +46,24 @@ def test_every_feature_is_green_or_says_why_not(recipe: str, family: str) -> Non
     assert all(dashes.values())
 
 
+LATER_IMAGES = ("qwen2.5-vl", "qwen2.5-omni", "llava-1.5", "internvl", "idefics3", "ovis2")
+
+
+@pytest.mark.parametrize("family", LATER_IMAGES)
+def test_a_later_turn_may_have_images_of_its_own(family: str) -> None:
+    assert cells(KVCompEngine("snapkv"), family, "new-media")["new-media"].verdict is Verdict.GREEN
+
+
+@pytest.mark.parametrize(
+    ("family", "given"),
+    [("llava-next", "image_sizes"), ("gemma3", "token_type_ids"), ("molmo2", "image_grids, image_token_pooling")],
+)
+def test_later_images_are_refused_where_more_than_pixels_belongs_to_them(family: str, given: str) -> None:
+    cell = cells(KVCompEngine("snapkv"), family, "new-media")["new-media"]
+    assert cell.verdict is Verdict.DASH
+    assert f"got also {given};" in cell.reason
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("family", FAMILIES)
