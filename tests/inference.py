@@ -46,6 +46,19 @@ def generate_compressed(
     return output, cache
 
 
+def assert_same_generation(mine: Any, reference: Any) -> None:
+    """Two pairs of an output and its cache say the same to rounding, and hold the same slots."""
+    (output, cache), (expected, expected_cache) = mine, reference
+    assert torch.equal(output.sequences, expected.sequences)
+    for logits, others in zip(output.logits, expected.logits, strict=True):
+        assert torch.allclose(logits, others, atol=2e-5)
+    layers, expected_layers = (each.compressed_layers for each in (cache, expected_cache))
+    assert layers.keys() == expected_layers.keys()
+    for place, layer in layers.items():
+        assert torch.equal(layer.indices, expected_layers[place].indices)
+        assert torch.equal(layer.counts, expected_layers[place].counts)
+
+
 def left_padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return rows `(1, tokens)` of different lengths as one batch, padded on the left with token 0."""
     return _padded(rows, lambda width, tokens: slice(width - tokens, width))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from inference import COMPRESSING, generate, generate_compressed, generate_stock, left_padded
+from inference import COMPRESSING, assert_same_generation, generate, generate_compressed, generate_stock, left_padded
 from models import text_inputs, tiny_gemma2, tiny_llama, tiny_qwen3
 from skewed import skewed
 from transformers import PreTrainedModel
@@ -30,21 +30,11 @@ def on(model: PreTrainedModel, attention: str) -> PreTrainedModel:
     return model
 
 
-def assert_same(mine, reference):
-    (output, cache), (expected, expected_cache) = mine, reference
-    assert torch.equal(output.sequences, expected.sequences)
-    for logits, others in zip(output.logits, expected.logits, strict=True):
-        assert torch.allclose(logits, others, atol=2e-5)
-    for layer, other in zip(cache.layers, expected_cache.layers, strict=True):
-        assert torch.equal(layer.indices, other.indices)
-        assert torch.equal(layer.counts, other.counts)
-
-
 @pytest.mark.parametrize("recipe", COMPRESSING)
 def test_flex_gives_what_sdpa_gives_for_a_padded_batch(recipe):
     model, budget = tiny_llama(), 0.4
     reference = generate_compressed(on(model, "sdpa"), BATCH, recipe, budget, new=4)
-    assert_same(generate_compressed(on(model, "flex_attention"), BATCH, recipe, budget, new=4), reference)
+    assert_same_generation(generate_compressed(on(model, "flex_attention"), BATCH, recipe, budget, new=4), reference)
 
 
 @pytest.mark.parametrize("store", ["dense", "ragged"])
@@ -54,14 +44,14 @@ def test_heads_that_differ_attend_to_their_own_slots(store, mass_preserving):
     strategy = skewed("flowmm", 0.4, store, mass_preserving=mass_preserving)
     for inputs in (BATCH, text_inputs(60)):
         reference = generate_compressed(on(model, "sdpa"), inputs, strategy)
-        assert_same(generate_compressed(on(model, "flex_attention"), inputs, strategy), reference)
+        assert_same_generation(generate_compressed(on(model, "flex_attention"), inputs, strategy), reference)
 
 
 @pytest.mark.parametrize("store", ["dense", "ragged"])
 def test_softcaps_are_those_of_eager_attention(store):
     model, strategy = tiny_gemma2(), skewed("snapkv", 0.4, store)
     reference = generate_compressed(on(model, "eager"), BATCH, strategy)
-    assert_same(generate_compressed(on(model, "flex_attention"), BATCH, strategy), reference)
+    assert_same_generation(generate_compressed(on(model, "flex_attention"), BATCH, strategy), reference)
 
 
 def test_budget_one_is_the_stock_cache_bit_for_bit():
@@ -84,7 +74,7 @@ def test_a_later_turn_of_a_padded_batch_is_that_of_sdpa():
             turn["attention_mask"] = torch.cat([seen, (asked > 0).long()], dim=1)
             return generate(model, turn, cache, 4), cache
 
-    assert_same(two_turns("flex_attention"), two_turns("sdpa"))
+    assert_same_generation(two_turns("flex_attention"), two_turns("sdpa"))
 
 
 def test_a_cache_of_transformers_works_beside_ours():
