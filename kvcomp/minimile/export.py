@@ -17,6 +17,7 @@ from kvcomp.lab.evaluation import Evaluation, TaskResult
 from kvcomp.lab.records import TaskRecord, write_records
 from kvcomp.lab.testbed import load_testbed
 from kvcomp.minimile.curriculum import PASS
+from kvcomp.minimile.model import KV_HEADS, SIZES, Size
 from kvcomp.minimile.processor import build_processor
 from kvcomp.minimile.tasks import HARD_TASKS, TASKS
 from kvcomp.minimile.training import Progress, Run
@@ -31,8 +32,8 @@ words.
 
 | part | size |
 |---|---|
-| text | hidden 128, 4 layers, 4 heads, 2 KV heads of 32, feed-forward 384, `mrope_section` [4, 6, 6], tied |
-| vision | hidden 64, 2 blocks, feed-forward 128, patch 14, merge 2: 4 visual tokens per 56 x 56 image |
+| text | {text} |
+| vision | {vision} |
 | weights | float16, trained in float32 |
 
 ## Exact match with the full cache
@@ -49,11 +50,11 @@ to.
 
 ## Recipe
 
-    python -m kvcomp.minimile.training --out training-output/{name} --seed {seed}
+    python -m kvcomp.minimile.training --out training-output/{name} --size {size} --seed {seed}
     python -m kvcomp.minimile.export training-output/{name}/last <this folder>
 
 Seed {seed}; {steps:,} steps of about 3,000 tokens; {minutes:.0f} minutes of wall-clock on one CPU core that other
-work shared. AdamW, learning rate 2e-3, which falls linearly to zero over the last part of the run; bfloat16
+work shared. AdamW, learning rate {learning_rate}, which falls linearly to zero over the last part of the run; bfloat16
 products. Many questions follow each context, each with its answer, and only answers carry loss. Every task goes
 through four sizes of context, from 5 % of its own; a size is passed at {gate:.0%} for every kind of its questions.
 The heads of the first layer start by looking one or two tokens back. Three tasks begin; the others follow once names
@@ -123,7 +124,18 @@ def write_card(name: str, progress: Progress, parameters: int, split: str, resul
         steps=progress.step,
         minutes=progress.seconds / 60,
         gate=PASS,
+        size=progress.size,
+        learning_rate=SIZES[progress.size].learning_rate,
+        **_towers(SIZES[progress.size]),
     )
+
+
+def _towers(size: Size) -> dict[str, str]:
+    text = f"hidden {size.hidden}, {size.layers} layers, {size.heads} heads, {KV_HEADS} KV heads of 32, feed-forward "
+    text += f"{size.feed_forward}, `mrope_section` [4, 6, 6], tied"
+    vision = f"hidden {size.vision_hidden}, {size.vision_blocks} blocks, feed-forward {size.vision_feed_forward}, "
+    vision += "patch 14, merge 2: 4 visual tokens per 56 x 56 image"
+    return {"text": text, "vision": vision}
 
 
 def write_log(path: Path, progress: Progress, results: Sequence[TaskResult]) -> None:

@@ -1,7 +1,9 @@
-"""Build the Qwen2.5-VL architecture at the XS size, and run its vision tower on many equal images at once."""
+"""Build the Qwen2.5-VL architecture at two small sizes, and run its vision tower on many equal images at once."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from math import sqrt
 from typing import Any
 
 import torch
@@ -11,69 +13,101 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from kvcomp.minimile.vocabulary import IM_END, IMAGE, PAD, TOKEN_IDS, VIDEO, VISION_END, VISION_START, WORDS
 
-INIT_DEVIATION = 0.05
-"""All matrices start from this standard deviation; with the stock 0.02 the run stalls (measured)."""
-LOOK_BACK = (1, 2, 1, 2)
-"""How many tokens back each head of the first layer looks at first. A name stands one token before its number and two
-before its image, in time.
+KV_HEADS, VISION_HEADS = 2, 4
+INIT_SCALE = 0.05 * sqrt(128)
+LOOK_BACK = (1, 2)
+"""How many tokens back the heads of the first layer look at first, in turns. A name stands one token before its number
+and two before its image, in time.
 """
 LOOK_STRENGTH = 5.0
 """Of the biases that make it look there: four fifths of its attention, whatever the tokens are."""
 
-TEXT_CONFIG: dict[str, Any] = {
-    "hidden_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 384,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+
+@dataclass(frozen=True)
+class Size:
+    """How large a testbed is. Every head has 32 dimensions, and two heads hold keys and values.
+
+    Attributes:
+        hidden: width of the text tower.
+        layers: of the text tower.
+        heads: of queries, in each layer.
+        feed_forward: width inside the text tower's blocks.
+        vision_hidden: width of the vision tower.
+        vision_blocks: how deep that tower is.
+        vision_feed_forward: width inside its blocks.
+        learning_rate: at its highest.
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    feed_forward: int
+    vision_hidden: int
+    vision_blocks: int
+    vision_feed_forward: int
+    learning_rate: float
+
+    @property
+    def init_deviation(self) -> float:
+        """The standard deviation of all matrices at first. With the stock 0.02 a run of XS stalls (measured)."""
+        return INIT_SCALE / sqrt(self.hidden)
+
+    def config(self) -> Qwen2_5_VLConfig:
+        """Return the configuration of a model of this size."""
+        text: dict[str, Any] = {
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": KV_HEADS,
+            "intermediate_size": self.feed_forward,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+            "vocab_size": len(WORDS),
+            "bos_token_id": TOKEN_IDS[PAD],
+            "eos_token_id": TOKEN_IDS[IM_END],
+            "pad_token_id": TOKEN_IDS[PAD],
+        }
+        vision: dict[str, Any] = {
+            "depth": self.vision_blocks,
+            "hidden_size": self.vision_hidden,
+            "intermediate_size": self.vision_feed_forward,
+            "num_heads": VISION_HEADS,
+            "out_hidden_size": self.hidden,
+            "fullatt_block_indexes": [self.vision_blocks - 1],
+        }
+        return Qwen2_5_VLConfig(
+            text_config=text,
+            vision_config=vision,
+            image_token_id=TOKEN_IDS[IMAGE],
+            video_token_id=TOKEN_IDS[VIDEO],
+            vision_start_token_id=TOKEN_IDS[VISION_START],
+            vision_end_token_id=TOKEN_IDS[VISION_END],
+            tie_word_embeddings=True,
+        )
+
+
+SIZES = {
+    "xs": Size(128, 4, 4, 384, vision_hidden=64, vision_blocks=2, vision_feed_forward=128, learning_rate=2e-3),
+    "s": Size(256, 6, 8, 704, vision_hidden=192, vision_blocks=4, vision_feed_forward=512, learning_rate=1e-3),
 }
-VISION_CONFIG: dict[str, Any] = {
-    "depth": 2,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_heads": 4,
-    "out_hidden_size": 128,
-    "fullatt_block_indexes": [1],
-}
-"""Smaller than the XS of the plan (128 wide, 3 blocks): it costs a third as much per image."""
+"""The vision tower of XS is narrow and shallow, because a wider one costs three times as much per image."""
 
 
-def build_config() -> Qwen2_5_VLConfig:
-    """Return the configuration of `minimile-xs`."""
-    text = TEXT_CONFIG | {
-        "vocab_size": len(WORDS),
-        "bos_token_id": TOKEN_IDS[PAD],
-        "eos_token_id": TOKEN_IDS[IM_END],
-        "pad_token_id": TOKEN_IDS[PAD],
-    }
-    return Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=dict(VISION_CONFIG),
-        image_token_id=TOKEN_IDS[IMAGE],
-        video_token_id=TOKEN_IDS[VIDEO],
-        vision_start_token_id=TOKEN_IDS[VISION_START],
-        vision_end_token_id=TOKEN_IDS[VISION_END],
-        tie_word_embeddings=True,
-    )
-
-
-def build_model(seed: int) -> Qwen2_5_VLForConditionalGeneration:
-    """Return an untrained model whose matrices are drawn from one seed."""
-    model = Qwen2_5_VLForConditionalGeneration(build_config())
+def build_model(seed: int, size: str = "xs") -> Qwen2_5_VLForConditionalGeneration:
+    """Return an untrained model of one of `SIZES` whose matrices are drawn from one seed."""
+    model = Qwen2_5_VLForConditionalGeneration(SIZES[size].config())
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.ndim >= 2:
-            nn.init.normal_(parameter, std=INIT_DEVIATION, generator=generator)
+            nn.init.normal_(parameter, std=SIZES[size].init_deviation, generator=generator)
     _look_back(model.model.language_model.layers[0].self_attn)
     return model
 
 
 @torch.no_grad()
 def _look_back(attention: Any) -> None:
-    """Set the biases of queries and keys so that each head looks back as far as `LOOK_BACK` says.
+    """Set the biases of queries and keys so that heads look back as far as `LOOK_BACK` says.
 
     A rotation by position turns the pair of numbers `i` and `i + head_dim / 2` by `position * theta ** (-2 i /
     head_dim)`. Keys that point along the first of the two, and queries turned back by the wanted distance, agree best
@@ -84,7 +118,8 @@ def _look_back(attention: Any) -> None:
     speeds = rope["rope_theta"] ** (-torch.arange(pairs) / half)
     keys, queries = (part.bias.view(-1, 2, half) for part in (attention.k_proj, attention.q_proj))
     keys[:, 0, :pairs] = LOOK_STRENGTH
-    angles = torch.tensor(LOOK_BACK)[:, None] * speeds  # (heads, pairs)
+    distances = torch.tensor(LOOK_BACK).repeat(len(queries) // len(LOOK_BACK))
+    angles = distances[:, None] * speeds  # (heads, pairs)
     queries[:, 0, :pairs], queries[:, 1, :pairs] = LOOK_STRENGTH * angles.cos(), -LOOK_STRENGTH * angles.sin()
 
 

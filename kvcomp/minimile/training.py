@@ -1,4 +1,4 @@
-"""Train `minimile-xs` on two CPU cores.
+"""Train a testbed like `minimile-xs` on two CPU cores.
 
     python -m kvcomp.minimile.training --out training-output/minimile-xs
 
@@ -25,10 +25,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from kvcomp.minimile.batching import COPY, IGNORED, PAIRS, Batch
 from kvcomp.minimile.curriculum import Course, draw_batch
-from kvcomp.minimile.model import build_model, image_features
+from kvcomp.minimile.model import SIZES, build_model, image_features
 from kvcomp.minimile.tasks import HARD_TASKS, TASKS
 
-LEARNING_RATE = 2e-3
 WARM_UP = 100
 DECAY_STEPS = 700
 DECAY_SHARE = 0.7
@@ -42,9 +41,12 @@ class Progress:
     """Where a run stands: everything but weights and moments."""
 
     seed: int = 0
+    size: str = "xs"
     step: int = 0
     decay_start: int | None = None
     decay_steps: int = DECAY_STEPS
+    peak: float = 1.0
+    """The share of the learning rate from which it falls."""
     seconds: float = 0.0
     course: Course = field(default_factory=Course)
     log: list[dict[str, Any]] = field(default_factory=list)
@@ -55,18 +57,24 @@ class Progress:
 
     def learning_rate(self) -> float:
         """Return the rate of the next step: linear warm-up, constant, linear fall."""
-        rate = LEARNING_RATE * min(1.0, (self.step + 1) / WARM_UP)
+        rate = self.peak * SIZES[self.size].learning_rate * min(1.0, (self.step + 1) / WARM_UP)
         if self.decay_start is not None:
             rate *= max(0.0, 1 - (self.step - self.decay_start) / self.decay_steps)
         return rate
+
+    def descend_again(self, peak: float, minutes: float) -> None:
+        """Begin once more at a share of the learning rate, to fall to zero in that time at the speed so far."""
+        self.peak = peak
+        self.decay_start = self.step
+        self.decay_steps = max(1, int(60 * minutes * self.step / self.seconds))
 
 
 class Run:
     """A model in training with its optimizer and progress."""
 
-    def __init__(self, seed: int = 0) -> None:
-        self.progress = Progress(seed=seed)
-        self.model = build_model(seed).train()
+    def __init__(self, seed: int = 0, size: str = "xs") -> None:
+        self.progress = Progress(seed=seed, size=size)
+        self.model = build_model(seed, size).train()
         self.optimizer = build_optimizer(self.model)
 
     def step(self) -> float:
@@ -110,9 +118,10 @@ class Run:
     @classmethod
     def load(cls, folder: Path) -> Run:
         """Return the run that `save` wrote."""
-        run = cls()
-        progress = json.loads((folder / "progress.json").read_text())
-        run.progress = Progress(**progress | {"course": Course(**progress["course"])})
+        written = json.loads((folder / "progress.json").read_text())
+        progress = Progress(**written | {"course": Course(**written["course"])})
+        run = cls(progress.seed, progress.size)
+        run.progress = progress
         run.model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
         unpack_moments(run.optimizer, load_file(folder / "optimizer.safetensors"))
         return run
@@ -120,7 +129,7 @@ class Run:
 
 def build_optimizer(model: nn.Module) -> torch.optim.AdamW:
     """Return the optimizer of the recipe."""
-    return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
+    return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
 
 
 def answer_logits(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> Tensor:
@@ -225,10 +234,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=100, help="wall-clock budget of the whole run")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", choices=SIZES, default="xs")
+    parser.add_argument(
+        "--again",
+        type=float,
+        metavar="SHARE",
+        help="with --resume: begin again at this share of the learning rate, to fall to zero in --minutes more",
+    )
     options = parser.parse_args(arguments)
+    if options.again is not None and not options.resume:
+        parser.error("--again goes on from a checkpoint: add --resume")
     torch.set_num_threads(options.threads)
     folder = options.out / "last"
-    train(Run.load(folder) if options.resume else Run(options.seed), folder, options.minutes)
+    run = Run.load(folder) if options.resume else Run(options.seed, options.size)
+    if options.again is not None:
+        run.progress.descend_again(options.again, options.minutes)
+    train(run, folder, options.minutes)
 
 
 if __name__ == "__main__":

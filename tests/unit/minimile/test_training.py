@@ -4,7 +4,10 @@ from safetensors.torch import load_file
 
 from kvcomp.minimile import training
 from kvcomp.minimile.batching import COPY, IGNORED, Batch
-from kvcomp.minimile.training import DECAY_STEPS, LEARNING_RATE, Progress, Run, answer_loss, score, train
+from kvcomp.minimile.model import SIZES
+from kvcomp.minimile.training import DECAY_STEPS, Progress, Run, answer_loss, score, train
+
+LEARNING_RATE = SIZES["xs"].learning_rate
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +29,14 @@ def test_two_steps_and_two_resumed_ones_give_the_weights_of_four(tmp_path):
     assert second.progress == whole.progress
     for (name, left), right in zip(second.model.named_parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(left, right), name
+
+
+def test_a_checkpoint_knows_its_size(tmp_path):
+    run = Run(seed=2, size="s")
+    run.save(tmp_path / "last")
+    again = Run.load(tmp_path / "last")
+    assert again.progress == run.progress
+    assert again.model.config.text_config.num_hidden_layers == 6
 
 
 def test_a_checkpoint_holds_no_pickle_and_replaces_the_one_before(tmp_path):
@@ -62,6 +73,24 @@ def test_learning_rate_warms_up_stays_and_falls():
     assert Progress(step=0).learning_rate() == pytest.approx(LEARNING_RATE / 100)
     assert Progress(step=5_000).learning_rate() == LEARNING_RATE
     assert Progress(step=5_000 + DECAY_STEPS // 2, decay_start=5_000).learning_rate() == pytest.approx(1e-3)
+
+
+def test_a_finished_run_descends_again_from_a_share_of_the_rate():
+    progress = Progress(step=600, seconds=300.0, decay_start=400, decay_steps=200)
+    assert progress.finished()
+    progress.descend_again(0.5, minutes=10)
+    assert progress.decay_steps == 1_200  # ten minutes at two steps a second
+    assert progress.learning_rate() == pytest.approx(LEARNING_RATE / 2)
+    progress.step += 900
+    assert progress.learning_rate() == pytest.approx(LEARNING_RATE / 8)
+    progress.step += 300
+    assert progress.finished()
+
+
+def test_a_second_descent_needs_a_checkpoint(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        training.main(["--out", str(tmp_path), "--again", "0.5"])
+    assert "add --resume" in capsys.readouterr().err
 
 
 def test_the_decay_starts_once_every_task_is_learned(monkeypatch):
