@@ -6,9 +6,11 @@ task measures at all.
 
     python benchmarks/ruler.py measure --out benchmark-output/recipes.jsonl --samples 40 --methods all --budgets 0.2 0.1
     python benchmarks/ruler.py recipes benchmark-output/recipes.jsonl
+    python benchmarks/ruler.py models benchmark-output/recipes.jsonl benchmark-output/recipes-seed1.jsonl
 
 `measure` asks the tasks that the model has learned. It goes on where an earlier run stopped; several may share the
-work, each with tasks and a file of its own. `recipes` is one table of all methods, the tasks together.
+work, each with tasks and a file of its own. `recipes` is one table of all methods, the tasks together; `models` is such a
+table over several testbeds, a file for each.
 """
 
 from __future__ import annotations
@@ -163,18 +165,52 @@ def tables(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 def recipes(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Yield one Markdown table: all methods at all budgets in both modes, the tasks together."""
     modes = [mode.value for mode in QueryMode]
-    methods = sorted({row["method"] for row in rows if row["budget"] not in ("1.0", "1t", "32t", "text")})
-    budgets = sorted({row["budget"] for row in rows if row["method"] in methods and row["budget"][:2] == "0."})
+    methods, budgets = shared([rows], "method"), shared([rows], "budget")
     columns = [(mode, budget) for mode in modes for budget in budgets]
+    yield from head(columns)
+    for method in methods:
+        body = [shown(pooled(chosen(rows, mode, method, budget))) for mode, budget in columns]
+        yield f"| `{method}` | {' | '.join(body)} |"
+
+
+def models(files: Sequence[Sequence[dict[str, Any]]]) -> Iterator[str]:
+    """Yield one Markdown table over several models and the tasks that all of them have learned: exact match in per cent
+    of a model's own full cache, the mean over the models with the least and the most.
+    """
+    tasks = shared(files, "task")
+    files = [[row for row in rows if row["task"] in tasks] for rows in files]
+    yield f"Tasks: {', '.join(tasks)}.\n"
+    columns = [(mode.value, budget) for mode in QueryMode for budget in shared(files, "budget")]
+    yield from head(columns)
+    for method in shared(files, "method"):
+        body = []
+        for mode, budget in columns:
+            found = [pooled(chosen(rows, mode, method, budget)) for rows in files]
+            full = [pooled(chosen(rows, mode, "full", "1.0")) for rows in files]
+            pairs = [(one, whole) for one, whole in zip(found, full, strict=True) if one and whole]
+            refused = next((one for one, _ in pairs if "smallest" in one), None)
+            shares = [100 * one["exact_match"] / whole["exact_match"] for one, whole in pairs if not refused]
+            spread = f"{mean(shares):.0f} ({min(shares):.0f}-{max(shares):.0f})" if shares else ""
+            body.append(shown(refused) if refused else spread)
+        yield f"| `{method}` | {' | '.join(body)} |"
+
+
+def shared(files: Sequence[Sequence[dict[str, Any]]], field: str) -> list[str]:
+    """Return what all of these files hold in a field, controls apart, the methods by name and the budgets by size."""
+    found = [{row[field] for row in rows if row["budget"][:2] == "0."} for rows in files]
+    return sorted(set.intersection(*found))
+
+
+def head(columns: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """Yield the head of a table with a column for each mode and budget."""
     heads = [f"{mode.removeprefix('question_')}, {float(budget):.0%}" for mode, budget in columns]
     yield f"| method | {' | '.join(heads)} |"
     yield "|---" * (len(columns) + 1) + "|"
-    for method in methods:
-        body = []
-        for mode, budget in columns:
-            chosen = [row for row in rows if (row["mode"], row["method"], row["budget"]) == (mode, method, budget)]
-            body.append(shown(pooled(chosen)))
-        yield f"| `{method}` | {' | '.join(body)} |"
+
+
+def chosen(rows: Sequence[dict[str, Any]], mode: str, method: str, budget: str) -> list[dict[str, Any]]:
+    """Return the rows of one method, a row for each task."""
+    return [row for row in rows if (row["mode"], row["method"], row["budget"]) == (mode, method, budget)]
 
 
 def pooled(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -208,9 +244,12 @@ def main() -> None:
     run.add_argument("--samples", type=int, default=60)
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--out", type=Path, required=True)
-    for name in ("tables", "recipes"):
+    for name in ("tables", "recipes", "models"):
         commands.add_parser(name).add_argument("files", nargs="+", type=Path)
     options = parser.parse_args()
+    if options.command == "models":
+        print("\n".join(models([read([path]) for path in options.files])))
+        return
     if options.command != "measure":
         print("\n".join({"tables": tables, "recipes": recipes}[options.command](read(options.files))))
         return
