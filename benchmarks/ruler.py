@@ -9,8 +9,8 @@ task measures at all.
     python benchmarks/ruler.py models benchmark-output/recipes.jsonl benchmark-output/recipes-seed1.jsonl
 
 `measure` asks the tasks that the model has learned. It goes on where an earlier run stopped; several may share the
-work, each with tasks and a file of its own. `recipes` is one table of all methods, the tasks together; `models` is such a
-table over several testbeds, a file for each.
+work, each with tasks and a file of its own. `recipes` is one table of all methods, the tasks together; `models` is
+such a table over several testbeds, a file for each.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from kvcomp.lab.tasks import Task
 from kvcomp.lab.testbed import LoadedTestbed, load_testbed
 
 BUDGETS = (0.05, 0.1, 0.2, 0.4, 0.6)
-METHODS = ("random", "recency", "streaming-llm", "h2o", "snapkv", "flowmm", "kvcomp-global", "oracle")
+METHODS = ("random", "recency", "streaming-llm", "h2o", "snapkv", "flowmm", "kvzip", "kvcomp-global", "oracle")
 CONTROLS = {
     ("full", "1.0"): "full",
     ("no-context", "1.0"): "no context",
