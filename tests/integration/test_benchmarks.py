@@ -56,3 +56,10 @@ def test_decoding_is_split_into_what_grows_and_what_does_not(tmp_path):
     assert done.returncode in (0, 1), done.stderr  # bars are not for four tokens
     assert set(json.loads(out.read_text())["seconds"]) == {"64", "256"}
     assert "| tokens | DynamicCache | snapkv at 0.2 |" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_prefill_with_flowmm_takes_hardly_more_memory_than_stock(tmp_path):
+    stdout, found = run("peak", tmp_path / "peak.json", "--tokens", 8192, "--recipes", "flowmm")
+    assert 0 < found["peak_bytes"]["flowmm"] <= 1.05 * found["stock_bytes"]
+    assert stdout.startswith("flowmm")
