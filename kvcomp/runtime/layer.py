@@ -16,7 +16,15 @@ from kvcomp.runtime.adapter import per_head
 from kvcomp.runtime.compression import LayerCompression
 from kvcomp.runtime.fixed import LAYER_ATTRIBUTE, FixedSlots, rounded
 from kvcomp.runtime.forward import Forward, Logits
-from kvcomp.runtime.masks import over_sequences, over_slots, row_validity, visible, with_mass
+from kvcomp.runtime.masks import (
+    over_filled,
+    over_sequences,
+    over_slots,
+    row_validity,
+    shown_columns,
+    visible,
+    with_mass,
+)
 from kvcomp.runtime.packed import can_attend, own_slots
 from kvcomp.runtime.slots import PackedTable
 
@@ -64,7 +72,8 @@ class CompressedCacheLayer(LayerCompression, DynamicLayer):  # type: ignore[no-u
         if self.fixed is not None and key_states.shape[2] == 1:
             return self.fixed.update(key_states, value_states)
         self.loosen()
-        self.request.check_in_use()
+        if self.number == 0:
+            self.request.check_in_use()
         if key_states.requires_grad and torch.is_grad_enabled():
             raise UnsupportedUseError(
                 "no gradient flows through a compressed cache; call the model under torch.no_grad() or "
@@ -220,8 +229,14 @@ class CompressedCacheLayer(LayerCompression, DynamicLayer):  # type: ignore[no-u
         return (keys, values) if self.storage.packed() is None else self.storage.read()
 
     def only_causal(self, mask: Tensor | None) -> bool:
-        """Return whether a query sees every slot before it and nothing weighs them, given transformers' mask."""
-        return mask is None and not self.holds_padding and not self.request.strategy.mass_preserving
+        """Return whether a query sees every slot before it and nothing weighs them, given transformers' mask: one that
+        shows a single query as many columns as there are tokens hides only padding, which no slot stands for.
+        """
+        if self.holds_padding or self.request.strategy.mass_preserving:
+            return False
+        if mask is None:
+            return True
+        return mask.shape[2] == 1 and bool((shown_columns(mask) == self.tokens + self.tail + self.arrived).all())
 
     def slot_mask(self, mask: Tensor | None, queries: Tensor, *, aligned: bool) -> Tensor | None:
         """Return the mask over this layer's slots, `(batch, heads, queries, slots)`; None for no mask at all.
@@ -235,9 +250,12 @@ class CompressedCacheLayer(LayerCompression, DynamicLayer):  # type: ignore[no-u
             return mask
         assert self.held_table is not None
         new = queries.shape[2]
-        if (new == 1 or aligned) and self.only_causal(mask) and self.held_table.mask is None:
-            return None
-        group = queries.shape[1] // self.form.kv_heads
+        group, filled = queries.shape[1] // self.form.kv_heads, self.held_table.mask
+        if (new == 1 or aligned) and self.only_causal(mask):
+            if filled is None:
+                return None
+            if new == 1:
+                return over_filled(filled, self.tail + self.arrived, group, mask)
         slot_mask = over_slots(mask, self.places(), new, self.seen - new, group)
         if not self.request.strategy.mass_preserving:
             return slot_mask

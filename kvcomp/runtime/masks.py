@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvcomp.runtime.slots import Places, SlotTable
+
+_SHOWN = "kvcomp_shown"  # on a mask over columns: how many of them the last query of each row sees
 
 
 def row_validity(mask: Tensor | None, batch: int, new: int) -> Tensor | None:
@@ -24,6 +27,21 @@ def row_validity(mask: Tensor | None, batch: int, new: int) -> Tensor | None:
         return None
     valid = visible(mask[:, 0, -1, -new:]).expand(batch, new).clone()  # a view would keep the whole mask alive
     return None if bool(valid.all()) else valid  # one sync per layer, and only where transformers built a mask
+
+
+def shown_columns(mask: Tensor) -> Tensor:
+    """Return how many columns the last query of each row sees, `(batch or 1,)` int64 on the CPU.
+
+    It is computed once for all layers that share the mask, with one sync; transformers builds one for a token that is
+    decoded only where something is padded.
+
+    Args:
+        mask: over columns, `(batch or 1, 1, queries, columns)`, bool or additive.
+    """
+    if not hasattr(mask, _SHOWN):
+        setattr(mask, _SHOWN, visible(mask[:, 0, -1]).sum(dim=-1).cpu())
+    shown: Tensor = getattr(mask, _SHOWN)
+    return shown
 
 
 def visible(mask: Tensor) -> Tensor:
@@ -61,6 +79,19 @@ def over_slots(mask: Tensor | None, table: SlotTable | Places, queries: int, see
         if table.mask is not None:
             gathered = _hide(gathered, table.mask[:, :, None])
     return None if gathered is None else gathered.repeat_interleave(group, dim=1)
+
+
+def over_filled(filled: Tensor, more: int, group: int, like: Tensor | None) -> Tensor:
+    """Return the mask of one query that sees every filled slot, `(batch, heads, 1, slots + more)`.
+
+    Args:
+        filled: `(batch, kv_heads, slots)` bool.
+        more: slots that every head has after these.
+        group: query heads per KV head.
+        like: a mask, bool or additive, whose dtype this one is to have; None for bool.
+    """
+    shown = F.pad(filled, (0, more), value=True)[:, :, None].repeat_interleave(group, dim=1)
+    return shown if like is None or like.dtype == torch.bool else additive(shown, like.dtype)
 
 
 def over_sequences(

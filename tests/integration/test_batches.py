@@ -131,6 +131,31 @@ def test_left_padded_rows_generate_what_they_do_alone(recipe, attention):
         assert torch.equal(batch.sequences[place, max(LENGTHS) :], output.sequences[0, row_ids.shape[1] :])
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("store", ["dense", "ragged"])
+@torch.no_grad()
+def test_a_mask_that_hides_only_padding_shows_every_slot_and_another_is_obeyed(attention, store):
+    model = tiny_llama()
+    model.set_attn_implementation(attention)
+    inputs = left_padded([text_inputs(tokens, seed=tokens)["input_ids"] for tokens in (40, 23)])
+    given = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
+    step = {"input_ids": torch.tensor([[5], [6]]), "position_ids": torch.tensor([[40], [23]])}
+    only_causal, logits = [], []
+    with kvcomp.compress(model, "snapkv", 0.3, store=store) as cache:
+        model(**inputs, past_key_values=cache)
+        context, layer = cache.snapshot(), cache.layers[0]
+        kept = int(layer.indices[0, 0, 3])
+        for hidden in ([], [kept]):
+            mask = given.clone()
+            mask[0, hidden] = 0
+            logits.append(model(**step, attention_mask=mask, past_key_values=cache).logits)
+            only_causal.append(layer.only_causal(mask[:, None, None].bool()))
+            cache.restore(context)
+    assert only_causal == [True, False]
+    torch.testing.assert_close(logits[0][1], logits[1][1])
+    assert (logits[0][0] - logits[1][0]).abs().max() > 1e-3
+
+
 def test_beams_and_samples_at_budget_one_are_those_of_the_stock_cache():
     model, inputs = tiny_llama(), text_inputs(40)
     settings = {"num_beams": 3, "num_return_sequences": 2, "output_logits": False}

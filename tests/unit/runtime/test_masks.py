@@ -1,8 +1,17 @@
 """From masks over columns to masks over slots."""
 
+import pytest
 import torch
 
-from kvcomp.runtime.masks import over_sequences, over_slots, row_validity, visible, with_mass
+from kvcomp.runtime.masks import (
+    over_filled,
+    over_sequences,
+    over_slots,
+    row_validity,
+    shown_columns,
+    visible,
+    with_mass,
+)
 from kvcomp.runtime.slots import SlotTable
 
 LOWEST = torch.finfo(torch.float32).min
@@ -45,6 +54,24 @@ def test_padding_is_read_from_the_last_query():
     additive = torch.zeros(mask.shape).masked_fill(~mask, LOWEST)
     assert torch.equal(visible(additive), mask)
     assert torch.equal(row_validity(additive, 2, 3), row_validity(mask, 2, 3))
+
+
+def test_columns_that_the_last_query_sees_are_counted_once_for_all_layers():
+    mask = torch.ones(2, 1, 3, 4, dtype=torch.bool).tril(1)
+    mask[1, :, :, :2] = False
+    assert shown_columns(mask).tolist() == [4, 2]
+    assert shown_columns(torch.zeros(mask.shape).masked_fill(~mask, LOWEST)).tolist() == [4, 2]
+    assert shown_columns(mask) is shown_columns(mask)
+
+
+@pytest.mark.parametrize("like", [None, torch.ones(1, 1, 1, 4) > 0, torch.zeros(1, 1, 1, 4)])
+def test_a_query_that_sees_all_is_kept_from_empty_slots_alone(like):
+    table = _table([[0, 2], [1, 0]], mask=[[True, True], [True, False]])
+    places = table.places.then(3, 1)
+    expected = over_slots(None if like is None else like, places, queries=1, seen=3, group=2)
+    shown = over_filled(table.mask, 1, 2, like)
+    assert shown.dtype == expected.dtype
+    assert torch.equal(shown, expected)
 
 
 def test_mass_is_the_logarithm_of_the_count():
