@@ -56,6 +56,11 @@ class Run:
         keys, values = (piece.tokens if isinstance(piece, Plain) else 0 for piece in last)
         return keys, values
 
+    def places(self, device: torch.device) -> Tensor | slice:
+        """Return what picks these heads: a slice where they follow each other, as those of one row do."""
+        first, last = int(self.heads[0]), int(self.heads[-1])
+        return slice(first, last + 1) if last - first + 1 == len(self.heads) else self.heads.to(device)
+
 
 @held
 @dataclass(frozen=True, eq=False)
@@ -246,8 +251,8 @@ class CodedStorage(SlotStorage):
 
     def _added(self, run: Run, keys: Tensor, values: Tensor) -> Run:
         run = run if run.setting is None else self._coder.settle(run)
-        keys, values = (_heads(numbers, run.heads) for numbers in (keys, values))
-        return replace(run, keys=extended(run.keys, keys), values=extended(run.values, values))
+        places = run.places(keys.device)
+        return replace(run, keys=extended(run.keys, keys[places]), values=extended(run.values, values[places]))
 
     def _laid_out(self, parts: list[Tensor]) -> Tensor:
         """Return the slots of all runs on one axis, `(batch, kv_heads, slots, dim)`, zeros where a head has none."""
@@ -257,9 +262,9 @@ class CodedStorage(SlotStorage):
             return parts[0].view(shape)
         slots = parts[0].new_zeros(shape).flatten(0, 1)
         for run, part in zip(held.runs, parts, strict=True):
-            heads = run.heads.to(slots.device)
-            slots[heads, : run.replaced] = part[:, : run.replaced]
-            slots[heads, held.replaced :] = part[:, run.replaced :]
+            places = run.places(slots.device)
+            slots[places, : run.replaced] = part[:, : run.replaced]
+            slots[places, held.replaced :] = part[:, run.replaced :]
         return slots.view(shape)
 
 

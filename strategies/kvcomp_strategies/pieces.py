@@ -18,6 +18,7 @@ from kvcomp_strategies.quantization import (
     Quantized,
     dequantize,
     finite,
+    limited_,
     low_rank,
     outlier_pairs,
     pack,
@@ -49,8 +50,16 @@ class Piece(ABC):
         """Return the number of tokens."""
 
     @abstractmethod
+    def room(self, tokens: int) -> Tensor:
+        """Return memory for tokens of these heads as they came, `(heads, tokens, dim)`, whatever it holds."""
+
+    @abstractmethod
     def read(self) -> Tensor:
         """Return `(heads, tokens, dim)` in the dtype that came in."""
+
+    def read_into(self, out: Tensor) -> None:
+        """Put what `read` returns into a part of larger memory."""
+        out.copy_(self.read())
 
 
 @held
@@ -64,6 +73,10 @@ class Plain(Piece):
     def tokens(self) -> int:
         """Return the number of tokens."""
         return self.numbers.shape[1]
+
+    def room(self, tokens: int) -> Tensor:
+        """Return memory for tokens of these heads."""
+        return self.numbers.new_empty(self.numbers.shape[0], tokens, self.numbers.shape[2])
 
     def read(self) -> Tensor:
         """Return the tokens themselves."""
@@ -124,24 +137,40 @@ class Coded(Piece):
         if code.rank:
             left, right = low_rank(numbers.float() - piece.approximation(), code.rank)
             piece = dataclasses.replace(piece, left=finite(left, dtype), right=finite(right, dtype))
-        return mapped(dataclasses.replace(piece, balance=balance), owned)
+        return piece if balance is None else dataclasses.replace(piece, balance=owned(balance))
 
     @property
     def tokens(self) -> int:
         """Return the number of tokens."""
         return self.quantized.codes.shape[1]
 
-    def approximation(self) -> Tensor:
-        """Return the balanced numbers in float32; outliers are exact."""
-        numbers = dequantize(self.quantized)
+    def room(self, tokens: int) -> Tensor:
+        """Return memory for tokens of these heads."""
+        return self.quantized.scale.new_empty(self.quantized.codes.shape[0], tokens, self.quantized.dim)
+
+    def approximation(self, out: Tensor | None = None) -> Tensor:
+        """Return the balanced numbers in float32, in `out` where it is given; outliers are exact."""
+        numbers = dequantize(self.quantized, out)
         if self.left is not None and self.right is not None:
-            numbers = numbers + self.left.float() @ self.right.float()
-        return numbers if self.outliers is None else self.outliers.put_back(numbers)
+            numbers += self.left.float() @ self.right.float()
+        return numbers if self.outliers is None else self.outliers.put_back_(numbers)
 
     def read(self) -> Tensor:
         """Return the numbers that the codes stand for."""
-        numbers = self.approximation()
-        return finite(numbers if self.balance is None else numbers / self.balance, self.quantized.scale.dtype)
+        return self._numbers().to(self.quantized.scale.dtype)
+
+    def read_into(self, out: Tensor) -> None:
+        """Put the numbers there, without a copy of them on the way where they are float32."""
+        if out.dtype == torch.float32:
+            self._numbers(out)
+        else:
+            out.copy_(self._numbers())
+
+    def _numbers(self, out: Tensor | None = None) -> Tensor:
+        numbers = self.approximation(out)
+        if self.balance is not None:
+            numbers /= self.balance
+        return limited_(numbers, self.quantized.scale.dtype)
 
     def joined(self, other: Piece) -> Coded | None:
         """Return both as one piece, None where that would change the groups or what the pieces share."""
@@ -155,7 +184,8 @@ class Coded(Piece):
             return None
         pairs = ((one.codes, two.codes), (one.scale, two.scale), (one.zero, two.zero))
         codes, scale, zero = (torch.cat(pair, dim=1) for pair in pairs)
-        return dataclasses.replace(self, quantized=dataclasses.replace(one, codes=codes, scale=scale, zero=zero))
+        joined = Quantized(codes, scale, zero, one.bits, one.group, one.axis, one.dim)
+        return Coded(joined, balance=self.balance)
 
 
 @held
@@ -177,6 +207,10 @@ class Tiered(Piece):
         """Return the number of tokens."""
         return self.high.tokens + self.low.tokens
 
+    def room(self, tokens: int) -> Tensor:
+        """Return memory for tokens of these heads."""
+        return self.high.room(tokens)
+
     def read(self) -> Tensor:
         """Return the tokens of both kinds in their order."""
         numbers = torch.cat([self.high.read(), self.low.read()], dim=1)
@@ -195,17 +229,20 @@ def packed_tier(tier: Tensor) -> Tensor:
 
 
 def cut(pieces: tuple[Piece, ...], count: int, encode: Callable[[Tensor], Piece]) -> tuple[Piece, ...]:
-    """Return the pieces with the first `count` tokens of the plain one at their end encoded, joined where possible."""
+    """Return the pieces with the first `count` tokens of the plain one at their end encoded, joined where possible.
+
+    The rest of the plain one is a view of what it was, which `extended` copies.
+    """
     *before, last = pieces
     assert isinstance(last, Plain)
     piece = encode(last.numbers[:, :count])
     joined = before[-1].joined(piece) if before and isinstance(before[-1], Coded) else None
     before = [*before, piece] if joined is None else [*before[:-1], joined]
-    return (*before, Plain(last.numbers[:, count:].clone()))
+    return (*before, Plain(last.numbers[:, count:]))
 
 
 def extended(pieces: tuple[Piece, ...], numbers: Tensor) -> tuple[Piece, ...]:
-    """Return the pieces with more tokens, `(heads, tokens, dim)`, as they are."""
+    """Return the pieces with more tokens, `(heads, tokens, dim)`, as they are, in memory of their own."""
     if pieces and isinstance(last := pieces[-1], Plain):
         return (*pieces[:-1], Plain(torch.cat([last.numbers, numbers], dim=1)))
     return (*pieces, Plain(owned(numbers)))
@@ -221,8 +258,13 @@ def shortened(pieces: tuple[Piece, ...], count: int) -> tuple[Piece, ...]:
 
 def read_all(pieces: tuple[Piece, ...]) -> Tensor:
     """Return all tokens, `(heads, tokens, dim)`."""
-    parts = [piece.read() for piece in pieces]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    if len(pieces) == 1:
+        return pieces[0].read()
+    lengths = [piece.tokens for piece in pieces]
+    numbers = pieces[0].room(sum(lengths))
+    for piece, part in zip(pieces, torch.split_with_sizes(numbers, lengths, dim=1), strict=True):
+        piece.read_into(part)
+    return numbers
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:

@@ -6,12 +6,14 @@ Everything here works on the last two axes of a tensor, `(..., tokens, dim)`, an
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 TOKENS, CHANNELS = -2, -1  # the axis along which numbers share a scale
+WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,14 +46,17 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     [57, 1]
     """
     per_byte = 8 // bits
-    padded = _split(F.pad(codes, (0, -codes.shape[-1] % per_byte)), per_byte, CHANNELS)
-    return (padded << _shifts(bits, codes.device)).sum(dim=-1, dtype=torch.uint8)
+    if missing := -codes.shape[-1] % per_byte:
+        codes = F.pad(codes, (0, missing))
+    return (_split(codes, per_byte, CHANNELS) << _shifts(bits, codes.device)).sum(dim=-1, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
     """Return the codes, `(..., dim)` uint8: the inverse of `pack`."""
-    codes: Tensor = (packed[..., None] >> _shifts(bits, packed.device)) & (2**bits - 1)
-    return codes.flatten(-2)[..., :dim]
+    if bits == 8:
+        return packed[..., :dim]
+    codes = _words(bits, packed.device).index_select(0, packed.flatten().int()).view(torch.uint8)
+    return codes.view(*packed.shape[:-1], -1)[..., :dim]
 
 
 def row_bytes(dim: int, bits: int) -> int:
@@ -71,27 +76,45 @@ def quantize(numbers: Tensor, bits: int, group: int, axis: int) -> Quantized:
     most = 2**bits - 1
     grouped = _in_groups(numbers, group, axis)
     low, high = torch.aminmax(grouped, dim=axis)
-    scale = _rounded_up((high.float() / 2 - low.float() / 2) * (2 / most), numbers.dtype)  # halves never overflow
-    zero = _centred(low, high, scale, most)
-    codes = (grouped.float() - zero.float().unsqueeze(axis)) / scale.float().unsqueeze(axis)
+    half = high.float() / 2 - low.float() / 2  # the whole range could overflow
+    scale = _rounded_up(half * (2 / most), numbers.dtype)
+    zero = _centred(low, half, scale, most)
+    codes = (grouped.float() - zero.float().unsqueeze(axis)).div_(scale.float().unsqueeze(axis))
     codes = codes.round_().clamp_(0, most).to(torch.uint8)
     codes = _out_of_groups(codes, axis, numbers.shape[axis])
     return Quantized(pack(codes, bits), scale, zero, bits, group, axis, numbers.shape[-1])
 
 
-def dequantize(quantized: Quantized) -> Tensor:
-    """Return the numbers that codes stand for, `code * scale + zero`, `(..., tokens, dim)` float32."""
+def dequantize(quantized: Quantized, out: Tensor | None = None) -> Tensor:
+    """Return the numbers that codes stand for, `code * scale + zero`, `(..., tokens, dim)` float32.
+
+    Args:
+        quantized: the codes.
+        out: where the numbers go, of that shape and dtype; by default new memory.
+    """
     codes = unpack(quantized.codes, quantized.bits, quantized.dim)
-    axis, length = quantized.axis, codes.shape[quantized.axis]
-    grouped = _in_groups(codes, quantized.group, axis).float()
-    numbers = grouped.mul_(quantized.scale.float().unsqueeze(axis)).add_(quantized.zero.float().unsqueeze(axis))
-    return _out_of_groups(numbers, axis, length)
+    numbers = codes.float() if out is None else out.copy_(codes)
+    axis, group, length = quantized.axis, quantized.group, codes.shape[quantized.axis]
+    scale, zero = quantized.scale.float(), quantized.zero.float()
+    if whole := length // group:
+        grouped = _split(numbers.narrow(axis, 0, whole * group), group, axis)
+        grouped.mul_(scale.narrow(axis, 0, whole).unsqueeze(axis)).add_(zero.narrow(axis, 0, whole).unsqueeze(axis))
+    if rest := length % group:
+        last = numbers.narrow(axis, length - rest, rest)
+        last.mul_(scale.narrow(axis, whole, 1)).add_(zero.narrow(axis, whole, 1))
+    return numbers
 
 
 def finite(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     """Return float32 numbers in another dtype, those beyond its range as its largest."""
     largest = torch.finfo(dtype).max
     return numbers.clamp(-largest, largest).to(dtype)
+
+
+def limited_(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return float32 numbers, those beyond the range of a dtype set to its largest, in place."""
+    largest = torch.finfo(dtype).max
+    return numbers.clamp_(-largest, largest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,9 +132,9 @@ class Outliers:
     values: Tensor
     axis: int
 
-    def put_back(self, numbers: Tensor) -> Tensor:
-        """Return `(..., tokens, dim)` with the outliers where they were."""
-        return numbers.scatter(self.axis, self.places.long(), self.values.to(numbers.dtype))
+    def put_back_(self, numbers: Tensor) -> Tensor:
+        """Return `(..., tokens, dim)` with the outliers where they were, in place."""
+        return numbers.scatter_(self.axis, self.places.long(), self.values.to(numbers.dtype))
 
 
 def place_dtype(length: int, axis: int) -> torch.dtype:
@@ -165,8 +188,19 @@ def low_rank(errors: Tensor, rank: int, rounds: int = 3, seed: int = 0) -> tuple
     return left, right.mT * largest
 
 
+@cache
 def _shifts(bits: int, device: torch.device) -> Tensor:
-    return torch.arange(0, 8, bits, dtype=torch.uint8, device=device)
+    with torch.inference_mode(mode=False):
+        return torch.arange(0, 8, bits, dtype=torch.uint8, device=device)
+
+
+@cache
+def _words(bits: int, device: torch.device) -> Tensor:
+    """Return the codes in every byte, `(256,)`: a word of `8 / bits` bytes each, so that one look-up unpacks a byte."""
+    with torch.inference_mode(mode=False):
+        codes = (torch.arange(256, device=device)[:, None] >> _shifts(bits, device)) & (2**bits - 1)
+        words: Tensor = codes.to(torch.uint8).view(WORDS[8 // bits])[:, 0]
+        return words
 
 
 def _in_groups(numbers: Tensor, group: int, axis: int) -> Tensor:
@@ -183,7 +217,7 @@ def _in_groups(numbers: Tensor, group: int, axis: int) -> Tensor:
 def _split(numbers: Tensor, group: int, axis: int) -> Tensor:
     shape = list(numbers.shape)
     shape[axis : axis + 1 or None] = [shape[axis] // group, group]
-    return numbers.reshape(shape)
+    return numbers.view(shape)
 
 
 def _out_of_groups(grouped: Tensor, axis: int, length: int) -> Tensor:
@@ -196,7 +230,9 @@ def _rounded_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (scale * (1 + limits.eps)).clamp(min=limits.tiny, max=limits.max).to(dtype)
 
 
-def _centred(low: Tensor, high: Tensor, scale: Tensor, most: int) -> Tensor:
-    """Return the zero: the smallest number, unless the largest scale of the dtype does not reach the largest number."""
-    missing = high.float() / 2 - low.float() / 2 - scale.float() * (most / 2)
+def _centred(low: Tensor, half: Tensor, scale: Tensor, most: int) -> Tensor:
+    """Return the zero: the smallest number, unless the largest scale of the dtype does not reach over the range, of
+    which `half` is given.
+    """
+    missing = half - scale.float() * (most / 2)
     return (low.float() + missing.clamp(min=0)).to(low.dtype)

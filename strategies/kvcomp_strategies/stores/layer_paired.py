@@ -33,6 +33,10 @@ class Merged(Piece):
         """Return the number of tokens."""
         return self.lengths.shape[1]
 
+    def room(self, tokens: int) -> Tensor:
+        """Return memory for tokens of these heads."""
+        return self.direction.new_empty(self.direction.shape[0], tokens, self.direction.shape[2])
+
     def read(self) -> Tensor:
         """Return the directions at their lengths."""
         numbers = self.direction.float() * self.lengths.float()[..., None]
@@ -56,6 +60,10 @@ class Mirror(Piece):
     def tokens(self) -> int:
         """Return the number of tokens."""
         return self.high.shape[1] + self.lengths.shape[1]
+
+    def room(self, tokens: int) -> Tensor:
+        """Return memory for tokens of these heads."""
+        return self.high.new_empty(self.high.shape[0], tokens, self.high.shape[2])
 
     def read(self) -> Tensor:
         """Never called: a mirror shows nothing by itself."""
