@@ -237,11 +237,15 @@ def emit_results(document: Document) -> None:
     asked = sorted({row["samples"] for row in document["tasks"]})
     typer.echo(
         f"\n{document['strategy']['name']} at budget {document['budget']}, {document['query_mode']}, "
-        f"{' to '.join(map(str, dict.fromkeys((asked[0], asked[-1]))))} questions per task, seed {document['seed']}, "
+        f"{_questions(asked[0], asked[-1])} per task, seed {document['seed']}, "
         f"{document['seconds']:.1f} s"
     )
     if "data" in document:
         typer.echo(_prompts(document["data"]))
+
+
+def _questions(least: int, most: int) -> str:
+    return f"{least} question{'s' if most != 1 else ''}" if least == most else f"{least} to {most} questions"
 
 
 def _average(average: Document) -> str:

@@ -11,9 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from kvcomp.cli.folders import ImageMode, Policy
-from kvcomp.cli.terminal import Advance, byte_progress, emit_json, emit_table, progress
-from kvcomp.core.errors import DataError, InputError
-from kvcomp.core.registry import Entry, registry
+from kvcomp.cli.terminal import Advance, byte_progress, emit_json, emit_table, plain_table, progress
+from kvcomp.cli.testbeds import ALL, TESTBED, find_tasks
+from kvcomp.core.errors import ConfigError, DataError, InputError
+from kvcomp.core.registry import registry
 from kvcomp.lab.milebench import MileBenchTask, Opened, export_samples, open_folder
 from kvcomp.lab.milebench.archives import LICENCE, Archive, archives_of
 from kvcomp.lab.milebench.fetching import fetch
@@ -24,14 +25,15 @@ from kvcomp.lab.tasks import Sample, Task
 
 app = typer.Typer(help="List, export, verify and fetch tasks.", no_args_is_help=True)
 
-PREFIX = "mini/"
-"""Tasks of MiniMile are found with and without it."""
 INSTRUCTIONS = (
     "Read the text, look at the images, and answer the question at the end.",
     "Answer the last question; text and images hold what you need.",
     "The question comes last. Answer it from the images and the text before it.",
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout.")]
+
+
+HEAD = ("archive", "bytes", "SHA-256", "tasks")
 
 
 class Benchmark(StrEnum):
@@ -73,7 +75,9 @@ def count(samples: int | None) -> str:
 
 @app.command()
 def export(
-    task: Annotated[list[str], typer.Argument(help="Names of registered tasks; `kvcomp tasks list` has them.")],
+    task: Annotated[
+        list[str], typer.Argument(help=f"Names of registered tasks, or {ALL}; `kvcomp tasks list` has them.")
+    ],
     out: Annotated[Path, typer.Option(help="Gets one new folder per task.")],
     samples: Annotated[int, typer.Option(min=1, help="Samples per task.")] = 100,
     seed: Annotated[int, typer.Option(help="Every seed gives samples of its own.")] = 0,
@@ -82,23 +86,14 @@ def export(
     ] = None,
 ) -> None:
     """Write samples of tasks in MileBench's format: one JSON file and PNG images per task."""
-    tasks: list[Task] = [find_task(name).value for name in task]
+    tasks, unknown = find_tasks(",".join(task), TESTBED)
+    if unknown:
+        raise ConfigError(unknown, source="kvcomp tasks export")
     with progress("exporting", samples * len(tasks)) as advance:
         for chosen in tasks:
             split = f"export-{seed}"
             drawn = draw(chosen, split, samples, advance)
             typer.echo(str(export_samples(chosen, drawn, out, instruction or INSTRUCTIONS, split)))
-
-
-def find_task(name: str) -> Entry:
-    """Return the registered task of this name, with or without the prefix of MiniMile.
-
-    Raises:
-        UnknownNameError: there is none.
-    """
-    known = {entry.name for entry in registry.entries("task")}
-    spellings = (name, name.removeprefix(PREFIX), PREFIX + name)
-    return registry.find("task", next((spelling for spelling in spellings if spelling in known), name))
 
 
 def draw(task: Task, split: str, samples: int, advance: Advance) -> Iterator[Sample]:
@@ -181,7 +176,7 @@ def emit_opened(opened: Opened, as_json: bool) -> None:
 @app.command("fetch")
 def fetch_benchmark(
     benchmark: Annotated[Benchmark, typer.Argument(help="What to fetch.")],
-    out: Annotated[Path, typer.Option(help="Gets one folder per task.")],
+    out: Annotated[Path, typer.Option(help="Gets one folder per task.")] = Path(Benchmark.milebench),
     task: Annotated[list[str] | None, typer.Option(help="Only what this task needs; repeat it for several.")] = None,
     keep_archives: Annotated[bool, typer.Option("--keep-archives", help="Keep archives once unpacked.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Name the archives, and fetch nothing.")] = False,
@@ -194,7 +189,8 @@ def fetch_benchmark(
         emit_archives(archives, as_json)
         return
     total = sum(archive.num_bytes for archive in archives)
-    typer.echo(f"{len(archives)} archives, {total / 1e9:.1f} GB. The data is under {LICENCE}.", err=True)
+    typer.echo(plain_table(HEAD, rows(archives), HEAD[1:2]), err=True)
+    typer.echo(f"{total / 1e9:.1f} GB go to {out}. The data is under {LICENCE}.", err=True)
     with byte_progress() as meter:
         fetched = fetch(
             out, task, download=partial(download_from_hub, endpoint=endpoint), meter=meter, keep=keep_archives
@@ -214,7 +210,12 @@ def emit_archives(archives: Sequence[Archive], as_json: bool) -> None:
         keys = ("name", "num_bytes", "exact", "sha256", "tasks")
         emit_json([{key: getattr(archive, key) for key in keys} for archive in archives])
         return
-    body = [
+    emit_table(HEAD, rows(archives), HEAD[1:2])
+
+
+def rows(archives: Sequence[Archive]) -> list[list[str]]:
+    """Return the cells of a table of archives."""
+    return [
         [
             archive.name,
             f"{'' if archive.exact else 'about '}{archive.num_bytes:,}",
@@ -223,4 +224,3 @@ def emit_archives(archives: Sequence[Archive], as_json: bool) -> None:
         ]
         for archive in archives
     ]
-    emit_table(("archive", "bytes", "SHA-256", "tasks"), body, numbers=["bytes"])

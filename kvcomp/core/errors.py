@@ -140,12 +140,18 @@ def suggest(name: str, available: Iterable[str]) -> str:
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """Return the name that was probably meant, None where none is near. What stands before a `/` is not compared: all
-    tasks of a package have it in common.
+    """Return the name that was probably meant, None where none is near. Case does not count, so that what a paper
+    writes finds its recipe, nor does what stands before a `/`: all tasks of a package have it in common.
 
     >>> nearest("mini/recal", ["mini/recall", "mini/order"]), nearest("mini/nothing", ["mini/spot_diff"])
     ('mini/recall', None)
+    >>> nearest("SnapKV", ["snapkv", "h2o"])
+    'snapkv'
     """
-    by_end = {known.rpartition("/")[2]: known for known in names}
-    near = difflib.get_close_matches(str(name).rpartition("/")[2], by_end, n=1)
-    return by_end[near[0]] if near else None
+    compared = {_ending(known): known for known in names}
+    near = difflib.get_close_matches(_ending(str(name)), compared, n=1)
+    return compared[near[0]] if near else None
+
+
+def _ending(name: str) -> str:
+    return name.rpartition("/")[2].casefold()

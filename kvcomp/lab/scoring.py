@@ -16,6 +16,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from kvcomp.core.errors import InputError
+
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 MOST_PERIODS = 32
 """How many periods normalisation removes: the script passes a flag (`re.UNICODE`, 32) where a count belongs."""
@@ -37,7 +39,12 @@ def normalise_official(text: str) -> str:
     'the special magic number is 5626534'
     >>> normalise_official("Spider-Man"), normalise_official("It was Spider-Man - 2002")
     ('spider man', 'it was spiderman  2002')
+
+    Raises:
+        InputError: it is no text.
     """
+    if not isinstance(text, str):
+        raise InputError(f"what is scored must be a text, got {text!r}; use str(...) for a number")
     text = text.replace("\n", " ").replace("\t", " ").strip()
     joins = _DIGIT_COMMA_DIGIT.search(text) is not None
     bare = text
@@ -78,11 +85,11 @@ def needle_lenient(prediction: str, reference: str) -> float:
     >>> needle_lenient("The blue-fox!", "blue fox")
     1.0
     """
+    if needle_official(prediction, reference):
+        return 1.0
     wanted, found = _runs(reference), _runs(prediction)
-    holds = bool(wanted) and any(
-        found[start : start + len(wanted)] == wanted for start in range(len(found) - len(wanted) + 1)
-    )
-    return float(holds or needle_official(prediction, reference))
+    starts = range(len(found) - len(wanted) + 1)
+    return float(bool(wanted) and any(found[start : start + len(wanted)] == wanted for start in starts))
 
 
 def mmcoqa_official(prediction: str, reference: str) -> float:

@@ -14,6 +14,7 @@ from fake_hub import serve
 from milebench_folders import ALFRED, record, write_seven, write_task
 from PIL import Image
 
+from kvcomp.cli.testbeds import TESTBED, tasks_beside
 from kvcomp.core.registry import registry
 from kvcomp.lab.milebench import archives, open_folder
 from kvcomp.lab.milebench.archives import Archive
@@ -78,6 +79,11 @@ def test_the_prefix_of_mini_mile_may_be_left_out(tmp_path):
     bare = TASKS[0].removeprefix("mini/")
     for number, name in enumerate((bare, f"mini/{bare}")):
         assert call("export", name, "--out", tmp_path / str(number), "--samples", 1).exit_code == 0
+
+
+def test_all_is_what_eval_calls_all(tmp_path):
+    assert call("export", "all", "--out", tmp_path, "--samples", 1).exit_code == 0
+    assert [task.name for task in open_folder(tmp_path).tasks] == [task.name for task in tasks_beside(TESTBED)]
 
 
 def test_an_unknown_task_and_a_folder_that_is_there_are_errors(tmp_path):
@@ -153,7 +159,7 @@ def test_a_dry_run_names_the_five_archives():
     assert "MileBench_part0.tar.gz" in lines[1]
     assert "3,974,906,269" in lines[1]
     assert "about 3,370,000,000" in lines[5]
-    assert len(json.loads(call("fetch", "milebench", "--out", "x", "--dry-run", "--json").stdout)) == 5
+    assert len(json.loads(call("fetch", "milebench", "--dry-run", "--json").stdout)) == 5
     assert call("fetch", "imagenet", "--out", "x").exit_code == 2
 
 
@@ -183,6 +189,7 @@ def test_fetch_gives_a_folder_that_verifies(hub, tmp_path):
     result = call("fetch", "milebench", "--out", out, "--endpoint", hub.url)
     assert result.exit_code == 0, result.stderr
     assert "The data is under CC BY-NC 4.0." in result.stderr
+    assert archives.ARCHIVES[0].sha256 in result.stderr
     lines = result.stdout.splitlines()
     assert lines[0] == "MileBench_part0.tar.gz: 4 files"
     assert lines[2] == "  of its SHA-256 only the first 51 digits are known; those are right"

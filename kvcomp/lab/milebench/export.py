@@ -12,7 +12,7 @@ from PIL import Image
 
 from kvcomp.core.errors import InputError
 from kvcomp.lab.milebench.folder import folder_name
-from kvcomp.lab.milebench.names import ADVERSARIAL, KNOWN, OTHERS, quantity_level
+from kvcomp.lab.milebench.names import ADVERSARIAL, OFFICIAL, quantity_level
 from kvcomp.lab.milebench.schema import PLACEHOLDER, join_context
 from kvcomp.lab.scoring import SCORERS
 from kvcomp.lab.tasks import Part, Sample, Task
@@ -57,7 +57,7 @@ def export_samples(
 
 
 def _check(folder: Path, instructions: Sequence[str]) -> None:
-    if folder.name.removesuffix(ADVERSARIAL) in (*KNOWN, *OTHERS):
+    if folder.name.removesuffix(ADVERSARIAL) in OFFICIAL:
         raise InputError(f"a task to export must not have a name of MileBench's own, got {folder.name!r}; rename it")
     if folder.exists():
         raise InputError(f"a folder to export to must be new, and this one exists: {folder}; remove it, or use another")

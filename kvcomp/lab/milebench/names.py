@@ -61,6 +61,9 @@ OTHERS = (
 
 KNOWN: Mapping[str, KnownTask] = {task.name: task for task in SEVEN}
 
+OFFICIAL = frozenset((*KNOWN, *OTHERS))
+"""Every name that is MileBench's own: nobody may export samples under it."""
+
 MULTIPLE_CHOICE = "multi-choice"
 """The question type of the tasks that offer choices."""
 

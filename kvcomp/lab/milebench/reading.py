@@ -227,7 +227,7 @@ def _sample_faults(annotation: Annotation, meta: Meta | None, name: str, reading
 
 def _answer_faults(annotation: Annotation, metric: str) -> Iterator[str]:
     answer, choices = normalise_official(annotation.response), annotation.task_instance.choice_list or ()
-    if not answer:
+    if not answer.strip(" ."):  # normalisation leaves periods beyond the first 32
         yield f"response: must hold more than punctuation, got {annotation.response!r}"
     elif metric == "multi_choice_official" and not choices:
         yield "task_instance.choice_list: must hold the choices of a multiple-choice question, got none"

@@ -80,7 +80,7 @@ def test_a_budget_error_says_what_would_do() -> None:
         ("proxi", ["random", "proxy"], "Did you mean 'proxy'? Available: proxy, random."),
         ("zzz", ["random", "proxy"], "Available: proxy, random."),
         ("zzz", [], "Available: none."),
-        ("TOPK", ["top-k"], "Available: top-k."),
+        ("TOPK", ["top-k"], "Did you mean 'top-k'? Available: top-k."),
         (
             "mini/recal",
             ["mini/order", "mini/recall"],

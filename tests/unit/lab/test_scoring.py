@@ -8,6 +8,7 @@ import sys
 import pytest
 from rouge import Rouge
 
+from kvcomp.core.errors import InputError
 from kvcomp.lab.scoring import (
     PUNCTUATION,
     SCORERS,
@@ -170,6 +171,13 @@ def test_every_scorer_gives_a_float_between_0_and_1(name):
         assert type(score) is float
         assert 0.0 <= score <= 1.0
     assert SCORERS[name]("word", "word") == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("scorer", [rouge_l_official, needle_official, needle_lenient, mmcoqa_official])
+@pytest.mark.parametrize("pair", [(None, "red"), ("red", 5626534)])
+def test_what_is_no_text_is_refused(scorer, pair):
+    with pytest.raises(InputError, match=r"what is scored must be a text, got .*; use str\(\.\.\.\) for a number"):
+        scorer(*pair)
 
 
 def test_exact_match_is_of_all_words():

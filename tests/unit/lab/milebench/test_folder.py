@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from milebench_folders import ALFRED, MMCOQA, NEEDLE, record, write_seven, write_task
@@ -203,6 +205,7 @@ def test_a_window_that_the_instruction_fills_is_a_fault(tmp_path):
         ("response", ..., "sample 3: response: is missing"),
         ("response", "", "sample 3: response must not be empty"),
         ("response", "?!", "sample 3: response: must hold more than punctuation, got '?!'"),
+        ("response", "." * 40, "sample 3: response: must hold more than punctuation, got"),
         ("response", ["a"], "sample 3: response: must be a valid string, got ['a']"),
         ("image_quantity_level", "Some", "image_quantity_level: must be 'Few', 'Medium' or 'Many', got 'Some'"),
     ],
@@ -407,7 +410,8 @@ def test_other_tasks_are_named_and_not_read(tmp_path):
     (tmp_path / "notes").mkdir()
     opened = open_folder(tmp_path)
     assert ([task.name for task in opened.tasks], opened.unread) == (["ALFRED"], ("DocVQA",))
-    (tmp_path / "ALFRED" / "ALFRED.json").unlink()
+    assert open_folder(tmp_path, ["alfred"]).unread == ()
+    shutil.rmtree(tmp_path / "ALFRED")
     with pytest.raises(InputError, match="Here is DocVQA, which is read where it is named"):
         open_folder(tmp_path)
 
@@ -416,6 +420,37 @@ def test_a_broken_task_that_nobody_asked_for_does_not_matter(tmp_path):
     write_task(tmp_path, "ALFRED", [ALFRED])
     write_task(tmp_path, "IEdit", ["broken"])
     assert len(open_folder(tmp_path, ["ALFRED"]).tasks) == 1
+
+
+def test_a_folder_of_the_seven_without_its_file_does_not_go_unnoticed(tmp_path):
+    write_seven(tmp_path / "MileBench")
+    (tmp_path / "MileBench" / "IEdit" / "IEdit.json").unlink()
+    assert faults_of(tmp_path) == ("MileBench/IEdit: must hold IEdit.json, and there is no such file",)
+    assert len(open_folder(tmp_path, ["ALFRED"]).tasks) == 1
+
+
+def test_the_folder_of_one_task_says_which_folder_is_meant(tmp_path, monkeypatch):
+    write_task(tmp_path, "ALFRED", [ALFRED])
+    with pytest.raises(InputError, match="This is the folder of one task; name the one above it: ") as caught:
+        open_folder(tmp_path / "ALFRED")
+    assert str(caught.value).endswith(str(tmp_path))
+    monkeypatch.chdir(tmp_path / "ALFRED")
+    with pytest.raises(InputError, match="This is the folder of one task"):
+        open_folder(Path())
+
+
+def test_what_was_exported_is_found_without_its_prefix(tmp_path):
+    for name in ("mini-recall", "mini-alfred", "other-order", "mini-order", "Spot-the-Diff"):
+        write_task(tmp_path, name, [ALFRED], metric="exact match", dataset=name.replace("-", "/", 1))
+    for asked in ("recall", "mini-recall", "mini/recall"):
+        assert [task.name for task in open_folder(tmp_path, [asked]).tasks] == ["mini/recall"]
+    assert [task.name for task in open_folder(tmp_path, ["alfred"]).tasks] == ["mini/alfred"]
+    assert faults_of(tmp_path, ["order", "Diff"])[:1] == (
+        "order: must name one task, and here are mini-order, other-order",
+    )
+    assert faults_of(tmp_path, ["Diff"])[0].startswith("Diff: no such task here.")
+    write_task(tmp_path, "ALFRED", [ALFRED])
+    assert [task.name for task in open_folder(tmp_path, ["alfred"]).tasks] == ["ALFRED"]
 
 
 def test_an_empty_folder_and_a_missing_one_say_what_must_be_there(tmp_path):
