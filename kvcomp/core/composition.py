@@ -52,8 +52,14 @@ def _store_conflicts(parts: Sequence[Part]) -> list[str]:
         if store.evicts and not selects:
             faults.append(f"store: {store.use!r} with `evict: true` needs a scorer and a selector that say what goes")
         if selects and store.fits and not store.evicts:
-            faults.append(
-                f"store: {store.use!r} keeps every token in the budget's bytes; beside a selector it must be told how "
-                "precise it is (`bits: 2`) or to evict what does not fit (`evict: true`), if it has such settings"
-            )
+            faults.append(f"store: {store.use!r} keeps every token in the budget's bytes; {_beside_a_selector(store)}")
     return faults
+
+
+def _beside_a_selector(store: Store) -> str:
+    """Return what a store that fits whatever the budget is needs beside a selector."""
+    ways = {"bits": "told how precise it is (`bits: 2`)", "evict": "told to evict what does not fit (`evict: true`)"}
+    known = [way for field, way in ways.items() if field in type(store).model_fields]
+    if not known:
+        return "it works without a selector only: leave selector and scorer out, or use another store"
+    return f"beside a selector it must be {' or '.join(known)}"

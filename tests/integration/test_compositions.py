@@ -20,7 +20,7 @@ REASONS = {  # names in quotes left out
     "cannot compress again while tokens are decoded: it expects queries like those of the prompt",
     "cannot compress again while tokens are decoded: the context would have to be fed again",
     "compresses what turns: append says must stay",
-    "keeps every token in the budget's bytes; beside a selector it must be told how precise it is",
+    "keeps every token in the budget's bytes; it works without a selector only",
     "with `evict: true` needs a scorer and a selector",
     "must be a merger that merges",
     "must be a scorer that measures attention",
