@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from kvcomp.core.errors import BudgetError
 
 SPELLINGS = "a ratio in (0, 1] such as 0.2, {tokens: 512} (or '512t'), or {bytes: 64MiB} (or '64MiB')"
+OR_SMALLEST = " or smallest"
 BYTE_UNITS = {"B": 1} | {f"{prefix}iB": 2 ** (10 * power) for power, prefix in enumerate("KMGT", 1)}
 BYTE_UNITS |= {f"{prefix}B": 10 ** (3 * power) for power, prefix in enumerate("KMGT", 1)}
 
@@ -30,11 +31,14 @@ class Budget:
         ratio: share of the tokens seen, in (0, 1], the exact fraction of the decimal as written.
         tokens: slots per KV head and layer.
         bytes: bytes of keys and values over all layers.
+        or_smallest: a row for which this is too little gets the smallest budget that its method can do with, instead
+            of an error; written `0.5 or smallest`.
     """
 
     ratio: Fraction | None = None
     tokens: int | None = None
     bytes: int | None = None
+    or_smallest: bool = False
 
     def __post_init__(self) -> None:
         if sum(field is not None for field in (self.ratio, self.tokens, self.bytes)) != 1:
@@ -51,7 +55,8 @@ class Budget:
 
     @classmethod
     def parse(cls, value: Budget | float | str | Mapping[str, Any]) -> Budget:
-        """Return the budget that a number, a string or a mapping spells. Units of bytes may be in small letters.
+        """Return the budget that a number, a string or a mapping spells. Units of bytes may be in small letters, and a
+        string may end in ` or smallest`.
 
         Raises:
             BudgetError: the value is none of the three spellings, or out of range.
@@ -65,6 +70,8 @@ class Budget:
             return cls._from_mapping(value)
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             raise BudgetError(f"a budget must be {SPELLINGS}; got {value!r}")
+        if isinstance(value, str) and value.strip().endswith(OR_SMALLEST):
+            return replace(cls.parse(value.strip().removesuffix(OR_SMALLEST)), or_smallest=True)
         if isinstance(value, str) and (tokens := re.fullmatch(r"\s*(\d+)\s*t(okens)?\s*", value)):
             return cls(tokens=int(tokens[1]))
         if isinstance(value, str) and value.strip().lower().endswith("b"):
@@ -85,12 +92,17 @@ class Budget:
 
     def dump(self) -> float | str | dict[str, int]:
         """Return the form that a strategy file holds; `Budget.parse` reads it back."""
+        if self.or_smallest:
+            own = replace(self, or_smallest=False)
+            return f"{own.dump() if self.ratio is not None else own}{OR_SMALLEST}"
         if self.ratio is not None:
             decimal = float(self.ratio)
             return decimal if Fraction(str(decimal)) == self.ratio else str(self.ratio)
         return {"tokens": self.tokens} if self.tokens is not None else {"bytes": self.bytes or 0}
 
     def __str__(self) -> str:
+        if self.or_smallest:
+            return f"{replace(self, or_smallest=False)}{OR_SMALLEST}"
         if self.ratio is not None:
             return f"{float(self.ratio):g}"
         return f"{self.tokens}t" if self.tokens is not None else f"{self.bytes}B"
@@ -130,7 +142,7 @@ class Budget:
 
     def _affordable(self, slot_bytes: int, tokens: Tensor) -> int:
         assert self.bytes is not None
-        if self.bytes < slot_bytes:
+        if self.bytes < slot_bytes and not self.or_smallest:
             raise BudgetError(
                 f"a budget of {self.bytes} bytes is below one slot per KV head and layer, which takes {slot_bytes} "
                 f"bytes in this model; ask for at least that",

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -161,6 +162,12 @@ class BudgetAllocator(Part):
             layers: this layer alone, or all layers, as `scope` says.
             scores: of the same layers.
         """
+
+    def least(self, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Tensor:
+        """Return the smallest uniform share of each row that `allocate` accepts, `(batch,)` int64 on the CPU; 1 unless
+        overridden.
+        """
+        return torch.ones(layers[0].shape[0], dtype=torch.long)
 
 
 class Scorer(Part):

@@ -34,7 +34,7 @@ def affordable_slots(budget: Budget, store: Store, tokens: Tensor, form: SlotFor
         needed = sizes[:most] if even else concave(sizes[:most])
         rows.append((counts[:most] * (needed <= room)).max())
     slots = torch.stack(rows)
-    if budget.bytes is not None and int(slots.min()) == 0:
+    if budget.bytes is not None and not budget.or_smallest and int(slots.min()) == 0:
         raise BudgetError(
             f"a budget of {budget.bytes} bytes is below one slot per KV head and layer, which takes "
             f"{int(sizes[0])} bytes in this model; ask for at least that",

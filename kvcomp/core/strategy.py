@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kvcomp.core.budget import Budget
+from kvcomp.core.budget import OR_SMALLEST, Budget
 from kvcomp.core.composition import conflicts, trigger_conflicts, working
 from kvcomp.core.errors import BudgetError, ConfigError, UnsupportedUseError
 from kvcomp.core.interfaces import (
@@ -134,6 +134,8 @@ class Strategy:
             return self.slots(tokens, form) * full
         limit = self.budget.nbytes(tokens, full)
         needed = self.store.smallest(tokens, form)
+        if self.selector is None and self.budget.or_smallest:
+            return limit.maximum(needed)
         if self.selector is None and bool((needed > limit).any()):
             ratios = [smallest_ratio(need, count * full) for need, count in zip(needed, tokens, strict=True)]
             smallest = max(ratios)
@@ -141,7 +143,8 @@ class Strategy:
             raise BudgetError(
                 f"recipe {self.name!r} keeps every token, and store {self.store.use!r} cannot hold {int(tokens[row])} "
                 f"tokens in {int(limit[row])} bytes; the smallest budget is the ratio {smallest:.6g}, as "
-                f"`budget={smallest:.6g}` or `--budget {smallest:.6g}`; or let the recipe evict down to the bytes (a "
+                f"`budget={smallest:.6g}` or `--budget {smallest:.6g}`, and '{self.budget}{OR_SMALLEST}' takes that by "
+                "itself; or let the recipe evict down to the bytes (a "
                 "scorer, a selector, and `evict: true` in the store)",
                 smallest=smallest,
             )
@@ -195,10 +198,13 @@ class Strategy:
         held = torch.stack([layer.valid.sum(dim=-1).cpu() for layer in layers])  # layers may be on several devices
         if self.selector is None:
             return held
+        if self.budget.or_smallest:
+            slots = slots.maximum(self.allocator.least(layers, scores).minimum(held.amax(dim=(0, 2))))
         try:
             allotted = self.allocator.allocate(slots, layers, scores)
         except BudgetError as error:
-            raise BudgetError(f"recipe {self.name!r}: {error}", smallest=error.smallest) from None
+            hint = f"; '{self.budget}{OR_SMALLEST}' takes that by itself" if error.smallest else ""
+            raise BudgetError(f"recipe {self.name!r}: {error}{hint}", smallest=error.smallest) from None
         given, request = allotted.sum(dim=(0, 2)), slots * allotted[:, 0].numel()
         if bool((given > request).any()) or bool((allotted < slots.clamp(max=1)[:, None]).any()):
             raise BudgetError(

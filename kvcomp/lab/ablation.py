@@ -16,6 +16,7 @@ from kvcomp.core.config import PART_KEYS, load_document
 from kvcomp.core.errors import ConfigError, IgnoredSettingWarning, KVCompError, suggest
 from kvcomp.core.making import BOUNDS
 from kvcomp.lab.batches import QueryMode
+from kvcomp.lab.compare import budget_of
 from kvcomp.lab.controls import Method, find_method
 from kvcomp.lab.milebench.source import TaskFolder
 
@@ -111,8 +112,7 @@ class Variant:
         strategy = self.method.strategy
         if strategy.ignores_budget:
             return 1.0
-        ratio = strategy.budget.ratio
-        return str(strategy.budget) if ratio is None else float(ratio)
+        return budget_of(strategy)
 
 
 SECTIONS = {section.__name__: section for section in (ModelSpec, TaskFolder)}

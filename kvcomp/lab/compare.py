@@ -116,9 +116,9 @@ def grid(recipes: Sequence[str], budgets: Sequence[float]) -> list[Strategy]:
 
 
 def budget_of(strategy: Strategy) -> float | str:
-    """Return a ratio as a number, a budget in tokens or bytes as it is spelled."""
-    ratio = strategy.budget.ratio
-    return float(ratio) if ratio is not None else str(strategy.budget)
+    """Return a ratio as a number, any other budget as it is spelled."""
+    budget = strategy.budget
+    return str(budget) if budget.ratio is None or budget.or_smallest else float(budget.ratio)
 
 
 class Comparison:

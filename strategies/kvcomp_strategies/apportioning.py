@@ -57,8 +57,7 @@ def allot(
     kept_whole = torch.tensor([place in whole for place in range(len(layers))])[:, None, None]
     least = protected.clamp(min=1).minimum(held)
     if whole:
-        needed = torch.where(kept_whole, held, held.clamp(max=1))
-        check_room(needed, held.amax(dim=(0, 2)), slots, f"layers {sorted(whole)} kept whole")
+        check_room(needed_beside(held, whole), held.amax(dim=(0, 2)), slots, f"layers {sorted(whole)} kept whole")
     shares = apportion(
         _bins(weights.double().cpu().expand(held.shape)),
         slots * held[:, 0].numel(),
@@ -82,18 +81,29 @@ def check_room(needed: Tensor, tokens: Tensor, slots: Tensor, what: str) -> None
     Raises:
         BudgetError: with the smallest ratio that holds what is needed.
     """
-    heads = needed[:, 0].numel()
-    total = needed.sum(dim=(0, 2))
-    if bool((total <= slots * heads).all()):
+    share = even_share(needed)
+    if bool((share <= slots).all()):
         return
-    rows = zip((math.ceil(n / heads) for n in total.tolist()), tokens.tolist(), slots.tolist(), strict=True)
-    need, held, share = max(rows, key=lambda row: row[0] / max(row[1], 1))
+    rows = zip(share.tolist(), tokens.tolist(), slots.tolist(), strict=True)
+    need, held, given = max(rows, key=lambda row: row[0] / max(row[1], 1))
     smallest = min(1.0, math.ceil(need / max(held, 1) * 10**6 - ROUNDING) / 10**6)
     raise BudgetError(
-        f"the budget must hold {what}, which takes {need} of {held} slots per head and layer, and it has {share}; give "
+        f"the budget must hold {what}, which takes {need} of {held} slots per head and layer, and it has {given}; give "
         f"a ratio of at least {smallest:g}, as `budget={smallest:g}` or `--budget {smallest:g}`",
         smallest=smallest,
     )
+
+
+def needed_beside(held: Tensor, whole: Collection[int]) -> Tensor:
+    """Return what heads need where the layers at some places keep everything and the others 1 slot, as `held`."""
+    kept_whole = torch.tensor([place in whole for place in range(len(held))])[:, None, None]
+    return torch.where(kept_whole, held, held.clamp(max=1))
+
+
+def even_share(needed: Tensor) -> Tensor:
+    """Return the smallest uniform share that sums to what heads need, `(layers, batch, kv_heads)`, as `(batch,)`."""
+    heads = needed[:, 0].numel()
+    return (needed.sum(dim=(0, 2)) + heads - 1) // heads
 
 
 def apportion(

@@ -9,6 +9,7 @@ from inference import COMPRESSING, generate, kept, left_padded, quiet_prefill
 from models import image_inputs, text_inputs, tiny_llama, tiny_qwen3, tiny_qwen_vl
 
 import kvcomp
+from kvcomp.core.registry import registry
 
 
 def stored_slots(cache: kvcomp.CompressedCache) -> int:
@@ -42,6 +43,14 @@ def test_all_heads_of_all_layers_keep_exactly_the_budget(recipe, dtype):
             assert report.allocated_bytes == 3 * 2 * slots * slot_bytes
             assert report.allocated_bytes + report.reserved_bytes <= 1.02 * stored_slots(cache) * slot_bytes
             assert report.full_bytes == 3 * 2 * tokens * 2 * 16 * dtype.itemsize
+
+
+@pytest.mark.parametrize("recipe", [entry.name for entry in registry.entries("recipe")])
+def test_a_recipe_as_it_comes_reads_every_prompt(recipe):
+    model = tiny_llama()
+    for tokens in (1, 2, 5, 16, 100):
+        cache = quiet_prefill(model, text_inputs(tokens), recipe, None)
+        assert kept(cache).min() >= 1
 
 
 @pytest.mark.parametrize("recipe", COMPRESSING)

@@ -60,6 +60,20 @@ def red(tmp_path):
     return path
 
 
+@pytest.mark.parametrize("recipe", ["fastv", "gear", "kivi", "mikv", "minicache"])
+def test_a_short_prompt_is_answered_at_the_recipes_own_budget(text_model, recipe):
+    asked = ("run", "--model", text_model, "--prompt", "a b c d e f g", "--strategy", recipe, "--max-new-tokens", 2)
+    answered = call(*asked, "--json")
+    assert answered.exit_code == 0, answered.stderr
+    report = json.loads(answered.stdout)["report"]
+    assert report["budget"].endswith(" or smallest")
+    assert report["layers"][0]["tokens"] == report["layers"][0]["slots"]
+    refused = call(*asked, "--budget", 0.01)
+    assert refused.exit_code == 2
+    assert f"recipe '{recipe}'" in refused.stderr
+    assert "'0.01 or smallest' takes that by itself" in " ".join(refused.stderr.split())
+
+
 # --- list, show, check ---
 
 

@@ -37,6 +37,24 @@ def test_the_smallest_budget_is_accepted_and_keeps_the_full_layers_and_all_text(
         assert number >= layer or indices.tolist() == list(range(TOKENS))
 
 
+def test_the_recipe_serves_every_prompt_at_its_own_budget():
+    held = [
+        int(kept(quiet_prefill(tiny_qwen_vl(), INPUTS, "fastv", budget)).sum()) for budget in (None, smallest("fastv"))
+    ]
+    assert held[0] == held[1] < 3 * 2 * TOKENS
+    assert (kept(quiet_prefill(tiny_llama(), text_inputs(30), "fastv", None)) == 30).all()
+
+
+def test_what_is_too_little_says_for_whom_and_what_to_write():
+    ratio = smallest("fastv")
+    with pytest.raises(kvcomp.BudgetError) as caught:
+        quiet_prefill(tiny_qwen_vl(), INPUTS, "fastv", "2t")
+    assert str(caught.value).startswith(
+        "recipe 'fastv': the budget must hold what this method never drops, which takes "
+    )
+    assert str(caught.value).endswith(f"or `--budget {ratio:.6g}`; '2t or smallest' takes that by itself")
+
+
 def test_the_images_kept_are_those_that_the_early_layer_looks_at():
     model = tiny_qwen_vl()
     model.set_attn_implementation("eager")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvcomp.core.interfaces import BudgetAllocator
 from kvcomp.core.types import LayerView, Scores
-from kvcomp_strategies.apportioning import allot, check_room, held_tokens, protected_tokens
+from kvcomp_strategies.apportioning import allot, check_room, even_share, held_tokens, protected_tokens
 
 
 class ProtectedFirst(BudgetAllocator, use="protected-first"):
@@ -30,6 +30,13 @@ class ProtectedFirst(BudgetAllocator, use="protected-first"):
             BudgetError: the budget does not hold what is protected; with the smallest ratio that does.
         """
         held = held_tokens(layers)
-        needed = protected_tokens(scores).clamp(min=1).minimum(held)
-        check_room(needed, held.amax(dim=(0, 2)), slots, "what this method never drops")
+        check_room(_needed(held, scores), held.amax(dim=(0, 2)), slots, "what this method never drops")
         return allot(torch.ones(held.shape, dtype=torch.float64), slots, layers, scores)
+
+    def least(self, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Tensor:
+        """Return the share that holds what is protected, `(batch,)`."""
+        return even_share(_needed(held_tokens(layers), scores))
+
+
+def _needed(held: Tensor, scores: Sequence[Scores]) -> Tensor:
+    return protected_tokens(scores).clamp(min=1).minimum(held)

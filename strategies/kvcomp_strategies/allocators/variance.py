@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvcomp.core.interfaces import BudgetAllocator, Observation
 from kvcomp.core.types import LayerView, Scores
-from kvcomp_strategies.apportioning import allot
+from kvcomp_strategies.apportioning import allot, even_share, held_tokens, needed_beside
 from kvcomp_strategies.observations.received_attention import ReceivedSums
 
 EPS = 1e-6  # of the official code
@@ -49,9 +49,15 @@ class VarianceAllocator(BudgetAllocator, use="variance"):
             BudgetError: the skipped layers leave less than 1 slot per head to the others.
         """
         spread = torch.stack([_spread(layer).cpu() for layer in layers])  # (layers, batch)
+        return allot((-spread).softmax(dim=0)[..., None], slots, layers, scores, self._whole(layers))
+
+    def least(self, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Tensor:
+        """Return the share that holds the skipped layers and 1 slot per head of the others, `(batch,)`."""
+        return even_share(needed_beside(held_tokens(layers), self._whole(layers)))
+
+    def _whole(self, layers: Sequence[LayerView]) -> list[int]:
         skipped = {number if number >= 0 else layers[0].layers + number for number in self.skip_layers}
-        whole = [place for place, layer in enumerate(layers) if layer.layer in skipped]
-        return allot((-spread).softmax(dim=0)[..., None], slots, layers, scores, whole)
+        return [place for place, layer in enumerate(layers) if layer.layer in skipped]
 
 
 def _spread(layer: LayerView) -> Tensor:

@@ -35,6 +35,8 @@ REFUSED = {
     "unknown key": ({"slots": 3}, "got {'slots': 3}"),
     "two keys": ({"tokens": 3, "bytes": 5}, "a budget must be"),
     "no key": ({}, "got {}"),
+    "or nothing": (" or smallest", "got ' or smallest'"),
+    "half an or": ("0.2 or small", "got '0.2 or small'"),
     "division by zero": ("1/0", "got '1/0'"),
 }
 
@@ -58,6 +60,9 @@ READ = {
     "MiB": ("64MiB", Budget(bytes=64 * 2**20)),
     "half a KB": ({"bytes": "0.5KB"}, Budget(bytes=500)),
     "GiB": ("1 GiB", Budget(bytes=2**30)),
+    "ratio or smallest": ("0.2 or smallest", Budget(ratio=Fraction(1, 5), or_smallest=True)),
+    "tokens or smallest": ("64t or smallest", Budget(tokens=64, or_smallest=True)),
+    "bytes or smallest": ("1KiB or smallest", Budget(bytes=1024, or_smallest=True)),
     "plain B": ("17B", Budget(bytes=17)),
     "small letters": ("32kb", Budget(bytes=32_000)),
     "TiB": ({"bytes": "1TiB"}, Budget(bytes=2**40)),
@@ -71,7 +76,9 @@ def test_read(case: str) -> None:
     assert Budget.parse(value) == expected
 
 
-@pytest.mark.parametrize("text", ["1/3", "1e-400"])
+@pytest.mark.parametrize(
+    "text", ["1/3", "1e-400", "1/3 or smallest", "0.2 or smallest", "64t or smallest", "1KiB or smallest"]
+)
 def test_what_is_accepted_comes_back_from_its_dump(text: str) -> None:
     try:
         budget = Budget.parse(text)

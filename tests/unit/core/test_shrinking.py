@@ -81,6 +81,20 @@ def test_a_budget_that_cannot_be_met_says_what_can() -> None:
         replace(strategy, budget=Budget.parse(f"{smallest - 1e-6:.6f}")).limit(tokens, FORM)
 
 
+def test_or_smallest_gives_each_row_what_it_needs_alone() -> None:
+    tokens = torch.tensor([10, 400])
+    strict, lenient = kvcomp.strategy("kivi", 0.25), kvcomp.strategy("kivi", "0.25 or smallest")
+    short, long = lenient.limit(tokens, FORM).tolist()
+    assert short == int(lenient.store.smallest(tokens[:1], FORM)) > 0.25 * 10 * FULL
+    assert long == int(strict.limit(tokens[1:], FORM)) == 100 * FULL
+
+
+def test_or_smallest_keeps_a_slot_that_the_bytes_do_not_pay_for() -> None:
+    tokens = torch.tensor([10])
+    assert kvcomp.strategy("h2o", "1B or smallest").slots(tokens, FORM).tolist() == [1]
+    assert evicting("1B or smallest").slots(tokens, FORM).tolist() == [1]
+
+
 def test_a_ratio_is_of_tokens_beside_a_selector_and_bytes_count_what_the_store_makes_of_them() -> None:
     strategy = kvcomp.strategy("h2o", 0.5, store={"use": "quantized", "bits": 2})
     assert strategy.slots(torch.tensor([100]), FORM).tolist() == [50]

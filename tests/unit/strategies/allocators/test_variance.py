@@ -9,8 +9,8 @@ from kvcomp.testing import make_sample, view_for
 LAYERS, TOKENS = 3, 20
 
 
-def allotted(slots: int, **fields: object) -> torch.Tensor:
-    strategy = kvcomp.strategy("h2o", allocator={"use": "variance", **fields})
+def allotted(slots: int, budget: str | None = None, **fields: object) -> torch.Tensor:
+    strategy = kvcomp.strategy("h2o", budget, allocator={"use": "variance", **fields})
     views = [view_for(strategy, make_sample(layer, (TOKENS,), layer=layer)) for layer in range(LAYERS)]
     share = torch.tensor([slots])
     return strategy.allocate(share, views, [strategy.scores(view, share) for view in views])[:, 0]
@@ -26,3 +26,5 @@ def test_a_budget_that_the_skipped_layers_exceed_is_refused_with_the_smallest() 
         allotted(13, skip_layers=[0, -1])
     assert caught.value.smallest == 0.7  # (20 + 1 + 20) / 3 slots per layer are 14 of 20
     assert allotted(14, skip_layers=[0, -1]).tolist() == [[20, 20], [2, 2], [20, 20]]
+    lenient = allotted(1, "0.1 or smallest", skip_layers=[0, -1])
+    assert lenient.tolist() == [[20, 20], [2, 2], [20, 20]]
