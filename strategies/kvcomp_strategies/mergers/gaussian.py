@@ -8,15 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvcomp.core.interfaces import Merger
 from kvcomp.core.types import Assignment, LayerView, Pivots
 from kvcomp_strategies.matching import gather_tokens
-from kvcomp_strategies.merging import blend, merged_counts, received_weight, saturated
+from kvcomp_strategies.merging import Blending, Shares, received_weight
 
 LEAST_BANDWIDTH = 1e-12
 
 
-class Gaussian(Merger, use="gaussian"):
+class Gaussian(Blending, use="gaussian"):
     """KVMerger's Gaussian kernel (arXiv:2407.08454, Sec. 4): g_i = exp(-|k_p - k_i|^2 / (2 sigma^2)), 1 for the pivot p
     itself; k_p <- sum_i g_i k_i / sum_i g_i over pivot and sources, the same for values.
 
@@ -32,9 +31,6 @@ class Gaussian(Merger, use="gaussian"):
     No official code was found.
     """
 
-    requires = frozenset({"pivots", "edges"})
-    provides = frozenset({"merging"})
-
     sigma: Literal["distance", "paper"] = "distance"
     value_scale: Literal["none", "size"] = "none"
 
@@ -48,16 +44,20 @@ class Gaussian(Merger, use="gaussian"):
         """Return whether values are not scaled."""
         return self.value_scale == "none"
 
-    def merge(self, layer: LayerView, pivots: Pivots, assignment: Assignment) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the weighted keys and values, and the counts."""
+    def shares(self, layer: LayerView, pivots: Pivots, assignment: Assignment) -> Shares:
+        """Return the kernel of each member, divided by that of all."""
         slots = pivots.indices.shape[2]
         members = received_weight(assignment, slots) + 1.0
         kernel = replace(assignment, weights=self._kernel(layer, pivots, assignment, members))
         share = 1.0 / (received_weight(kernel, slots) + 1.0)
-        keys = blend(layer.keys, pivots, kernel, own=share, shared=share)
-        scale = share * members if self.value_scale == "size" else share
-        values = blend(layer.values, pivots, kernel, own=scale, shared=scale)
-        return keys, saturated(values, layer.values.dtype), merged_counts(layer, pivots, assignment)
+        return Shares(kernel, own=share, shared=share)
+
+    def value_shares(self, shares: Shares, assignment: Assignment) -> Shares:
+        """Return the shares of keys, times the size of the set where values are scaled."""
+        if self.value_scale == "none":
+            return shares
+        members = received_weight(assignment, shares.own.shape[2]) + 1.0
+        return replace(shares, own=shares.own * members, shared=shares.shared * members)
 
     def _kernel(self, layer: LayerView, pivots: Pivots, assignment: Assignment, members: Tensor) -> Tensor:
         """Return g of each edge times its weight, `(batch, kv_heads, others, fanout)`."""

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor
-
-from kvcomp.core.interfaces import Merger, Observation
+from kvcomp.core.interfaces import Observation
 from kvcomp.core.types import Assignment, LayerView, Pivots
-from kvcomp_strategies.merging import blend, merged_counts, received_weight
+from kvcomp_strategies.merging import Blending, Shares, received_weight
 from kvcomp_strategies.observations.received_attention import ReceivedSums
 from kvcomp_strategies.windows import group_mean
 
 LEAST_IMPORTANCE = 1e-20  # a token that received nothing still has a place in a mean of such tokens
 
 
-class ImportanceWeighted(Merger, use="importance-weighted"):
+class ImportanceWeighted(Blending, use="importance-weighted"):
     """k_j <- (a_j k_j + sum_i a_i k_i) / (a_j + sum_i a_i), the same for values, with a the attention that a token
     received from all queries (H2O's sums, averaged over the query group).
 
@@ -24,19 +22,14 @@ class ImportanceWeighted(Merger, use="importance-weighted"):
     rank.
     """
 
-    requires = frozenset({"pivots", "edges"})
-    provides = frozenset({"merging"})
-
     def observations(self) -> tuple[Observation, ...]:
         """Return the column sums."""
         return (ReceivedSums(),)
 
-    def merge(self, layer: LayerView, pivots: Pivots, assignment: Assignment) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the weighted keys and values, and the counts."""
+    def shares(self, layer: LayerView, pivots: Pivots, assignment: Assignment) -> Shares:
+        """Return the attention of each member, divided by that of all."""
         importance = group_mean(layer.observations[ReceivedSums()], layer.shape[1]).clamp(min=LEAST_IMPORTANCE)
         own, sources = pivots.gather(importance), importance.gather(2, assignment.sources.clamp(min=0))
         weighted = replace(assignment, weights=assignment.weights * sources[..., None])
         total = own + received_weight(weighted, own.shape[2])
-        keys = blend(layer.keys, pivots, weighted, own=own / total, shared=1.0 / total)
-        values = blend(layer.values, pivots, weighted, own=own / total, shared=1.0 / total)
-        return keys, values, merged_counts(layer, pivots, assignment)
+        return Shares(weighted, own=own / total, shared=1.0 / total)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from kvcomp.core.interfaces import Merger
 from kvcomp.core.types import Assignment, LayerView, Pivots
-from kvcomp_strategies.merging import blend, merged_counts, received_weight
+from kvcomp_strategies.merging import Blending, Shares, received_weight
 
 
-class PivotMean(Merger, use="pivot-mean"):
+class PivotMean(Blending, use="pivot-mean"):
     """LOOK-M's pivot merge: k_j <- k_j (1 + n/2) / (n + 1) + sum_i k_i / (2 (n + 1)), the same for values.
 
     FlowMM leaves its merge functions f and g (Eq. 5) open; its "pivot set" points to this one (row a of the FlowMM
@@ -17,13 +14,7 @@ class PivotMean(Merger, use="pivot-mean"):
     `llava/model/kv_token_merge/modify_llama.py`.
     """
 
-    requires = frozenset({"pivots", "edges"})
-    provides = frozenset({"merging"})
-
-    def merge(self, layer: LayerView, pivots: Pivots, assignment: Assignment) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the blended keys and values, and the counts."""
+    def shares(self, layer: LayerView, pivots: Pivots, assignment: Assignment) -> Shares:
+        """Return the half that is the pivot's, and the mean of which it is a member."""
         received = received_weight(assignment, pivots.indices.shape[2])
-        own, shared = (1.0 + received / 2) / (received + 1.0), 0.5 / (received + 1.0)
-        keys = blend(layer.keys, pivots, assignment, own=own, shared=shared)
-        values = blend(layer.values, pivots, assignment, own=own, shared=shared)
-        return keys, values, merged_counts(layer, pivots, assignment)
+        return Shares(assignment, own=(1.0 + received / 2) / (received + 1.0), shared=0.5 / (received + 1.0))

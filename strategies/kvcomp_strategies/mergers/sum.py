@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from kvcomp.core.interfaces import Merger
 from kvcomp.core.types import Assignment, LayerView, Pivots
-from kvcomp_strategies.merging import blend, merged_counts, saturated
+from kvcomp_strategies.merging import Blending, Shares
 
 
-class Sum(Merger, use="sum"):
+class Sum(Blending, use="sum"):
     """k_j <- k_j + sum_i w_ij k_i, the same for values, w being the weights of the edges: CaM's update of values, with
     the matcher `following-window` and inside `values-only` (zyxxmu/cam, `cam_hf/utils_hh/modify_llama_cam.py`).
 
@@ -18,19 +16,12 @@ class Sum(Merger, use="sum"):
     largest number of the dtype becomes that number.
     """
 
-    requires = frozenset({"pivots", "edges"})
-    provides = frozenset({"merging"})
-
     @property
     def convex(self) -> frozenset[str]:
         """Return nothing: sums leave the hull."""
         return frozenset()
 
-    def merge(self, layer: LayerView, pivots: Pivots, assignment: Assignment) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the sums of keys and values, and the counts."""
+    def shares(self, layer: LayerView, pivots: Pivots, assignment: Assignment) -> Shares:
+        """Return the whole of the pivot and of each source."""
         one = torch.ones(pivots.indices.shape, device=layer.keys.device)
-        keys, values = (
-            saturated(blend(vectors, pivots, assignment, own=one, shared=one), vectors.dtype)
-            for vectors in (layer.keys, layer.values)
-        )
-        return keys, values, merged_counts(layer, pivots, assignment)
+        return Shares(assignment, own=one, shared=one)

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from kvcomp.core.interfaces import Merger
+from kvcomp.core.rotary import Rotary
 from kvcomp.core.types import Assignment, LayerView, Pivots
 from kvcomp_strategies.mergers.pivot_mean import PivotMean
 from kvcomp_strategies.merging import MergingMerger, received_weight
@@ -52,10 +53,20 @@ class Unrotated(Merger, use="unrotated"):
 
     def merge(self, layer: LayerView, pivots: Pivots, assignment: Assignment) -> tuple[Tensor, Tensor, Tensor]:
         """Return keys merged before their embedding, and values and counts of the merger inside."""
-        assert layer.rotary is not None  # the strategy has checked
-        before = replace(layer, keys=layer.rotary.unrotate(layer.keys))
+        before, rotary = _turned_back(layer)
         keys, values, counts = self.merger.merge(before, pivots, assignment)
         largest = torch.finfo(layer.keys.dtype).max
-        turned = layer.rotary.gather(pivots).rotate(keys).clamp(-largest, largest)
+        turned = rotary.gather(pivots).rotate(keys).clamp(-largest, largest)
         changed = received_weight(assignment, pivots.indices.shape[2]) > 0
         return torch.where(changed[..., None], turned.to(layer.keys.dtype), pivots.gather(layer.keys)), values, counts
+
+    def merge_values(self, layer: LayerView, pivots: Pivots, assignment: Assignment) -> tuple[Tensor, Tensor]:
+        """Return values and counts of the merger inside, whose weights may depend on keys before their embedding."""
+        before, _ = _turned_back(layer)
+        return self.merger.merge_values(before, pivots, assignment)
+
+
+def _turned_back(layer: LayerView) -> tuple[LayerView, Rotary]:
+    """Return the layer with keys as they were before their embedding, in float32, and how they were turned."""
+    assert layer.rotary is not None  # the strategy has checked
+    return replace(layer, keys=layer.rotary.unrotate(layer.keys)), layer.rotary

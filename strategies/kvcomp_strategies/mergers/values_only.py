@@ -42,5 +42,8 @@ class ValuesOnly(Merger, use="values-only"):
 
     def merge(self, layer: LayerView, pivots: Pivots, assignment: Assignment) -> tuple[Tensor, Tensor, Tensor]:
         """Return the pivots' own keys, and values and counts of the merger inside."""
-        _, values, counts = self.merger.merge(layer, pivots, assignment)
-        return pivots.gather(layer.keys), values, counts
+        return pivots.gather(layer.keys), *self.merge_values(layer, pivots, assignment)
+
+    def merge_values(self, layer: LayerView, pivots: Pivots, assignment: Assignment) -> tuple[Tensor, Tensor]:
+        """Return values and counts of the merger inside, which merges no keys for them if it can do without."""
+        return self.merger.merge_values(layer, pivots, assignment)

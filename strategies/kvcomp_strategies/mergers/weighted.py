@@ -5,15 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from torch import Tensor
-
-from kvcomp.core.interfaces import Merger
 from kvcomp.core.types import Assignment, LayerView, Pivots
 from kvcomp_strategies.matching import edge_cosines
-from kvcomp_strategies.merging import blend, merged_counts, received_weight
+from kvcomp_strategies.merging import Blending, Shares, received_weight
 
 
-class Weighted(Merger, use="weighted"):
+class Weighted(Blending, use="weighted"):
     """Weights from u_ij, the cosine of the keys of source and pivot; keys and values with the same weights.
 
     - `"exp"`, the D2O paper (arXiv:2406.13035): k_j <- (e k_j + sum_i exp(u_ij) k_i) / (e + sum_i exp(u_ij)).
@@ -25,9 +22,6 @@ class Weighted(Merger, use="weighted"):
     pivots brings its part.
     """
 
-    requires = frozenset({"pivots", "edges"})
-    provides = frozenset({"merging"})
-
     weighting: Literal["exp", "cosine_mean"] = "exp"
 
     @property
@@ -35,13 +29,11 @@ class Weighted(Merger, use="weighted"):
         """Return nothing for the raw cosines, whose weights do not sum to 1."""
         return frozenset({"keys", "values"}) if self.weighting == "exp" else frozenset()
 
-    def merge(self, layer: LayerView, pivots: Pivots, assignment: Assignment) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the weighted keys and values, and the counts."""
+    def shares(self, layer: LayerView, pivots: Pivots, assignment: Assignment) -> Shares:
+        """Return the weights by similarity, divided by their sum or by the number of members."""
         similarity, slots = edge_cosines(layer, pivots, assignment), pivots.indices.shape[2]
         factor = (similarity - 1.0).exp() if self.weighting == "exp" else similarity
         weighted = replace(assignment, weights=assignment.weights * factor)
         divisor = weighted if self.weighting == "exp" else assignment
         share = 1.0 / (received_weight(divisor, slots) + 1.0)
-        keys = blend(layer.keys, pivots, weighted, own=share, shared=share)
-        values = blend(layer.values, pivots, weighted, own=share, shared=share)
-        return keys, values, merged_counts(layer, pivots, assignment)
+        return Shares(weighted, own=share, shared=share)

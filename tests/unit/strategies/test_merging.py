@@ -8,6 +8,7 @@ from math import e, exp
 import oracles_merge
 import pytest
 import torch
+from kvcomp_strategies import merging
 from kvcomp_strategies.mergers.drop import Drop
 from kvcomp_strategies.mergers.gaussian import Gaussian
 from kvcomp_strategies.mergers.importance_weighted import ImportanceWeighted
@@ -16,6 +17,7 @@ from kvcomp_strategies.mergers.pivot_mean import PivotMean
 from kvcomp_strategies.mergers.sum import Sum
 from kvcomp_strategies.mergers.values_only import ValuesOnly
 from kvcomp_strategies.mergers.weighted import Weighted
+from kvcomp_strategies.merging import blend
 from kvcomp_strategies.observations.received_attention import ReceivedSums
 from torch import Tensor
 
@@ -199,6 +201,35 @@ def test_without_any_attention_importance_is_equal() -> None:
 
 def test_values_only_takes_values_and_counts_of_the_merger_inside() -> None:
     assert merged(ValuesOnly(merger=Mean()), line(4, 1, 1, 7, 9)) == [[4, 7], [pytest.approx(20), 70], [3, 1]]
+
+
+@pytest.mark.parametrize("merger", [merger for merger, _ in MERGERS.values()] + [Gaussian(value_scale="size")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_values_only_gives_the_same_values_without_blending_keys(
+    merger: Merger, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = line(4, 1, 3, 7, 9, dtype=dtype)
+    _, values, counts = merger.merge(view, PIVOTS, EDGES)
+    blended: list[Tensor] = []
+    monkeypatch.setattr(merging, "blend", lambda vectors, *rest: blended.append(vectors) or blend(vectors, *rest))
+    alone = ValuesOnly(merger=merger).merge(view, PIVOTS, EDGES)
+    assert [vectors is view.values for vectors in blended] == [True]
+    assert torch.equal(alone[0], PIVOTS.gather(view.keys))
+    assert torch.equal(alone[1], values)
+    assert torch.equal(alone[2], counts)
+
+
+class Halved(Mean, use="halved"):
+    """Changes what its parent merges, and nothing else."""
+
+    def merge(self, layer: LayerView, pivots: Pivots, assignment: Assignment) -> tuple[Tensor, Tensor, Tensor]:
+        keys, values, counts = super().merge(layer, pivots, assignment)
+        return keys, values / 2, counts
+
+
+def test_values_only_follows_a_merger_that_only_says_how_it_merges_both() -> None:
+    view = line(4, 1, 1, 7, 9)
+    assert merged(ValuesOnly(merger=Halved()), view) == [[4, 7], [pytest.approx(10), 35], [3, 1]]
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,18 @@ def test_values_and_counts_are_those_of_the_merger_inside() -> None:
     assert not torch.allclose(plain.keys, unrotated.keys, atol=1e-2)
 
 
+def test_values_alone_are_weighed_by_keys_before_their_embedding_too() -> None:
+    unrotated = {"use": "unrotated", "merger": {"use": "gaussian"}}
+    mergers = [unrotated, {"use": "values-only", "merger": unrotated}, {"use": "values-only", "merger": "gaussian"}]
+    both, alone, rotated = (
+        run(kvcomp.strategy("flowmm", 0.3, merger=merger, matcher="nearest"), make_sample(3, (30, 18))).compressed
+        for merger in mergers
+    )
+    assert torch.equal(both.values, alone.values)
+    assert torch.equal(both.counts, alone.counts)
+    assert not torch.allclose(both.values, rotated.values, atol=1e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_a_key_that_receives_nothing_keeps_its_bits(dtype: torch.dtype) -> None:
     sample = make_sample(5, (30,), dtype=dtype)
