@@ -42,7 +42,7 @@ def long_batch(bed: LoadedTestbed, tokens: int, samples: int) -> Batch:
         while bed.encode([sample])["input_ids"].shape[1] < tokens:
             sample = replace(sample, context=(rest.pop(), *sample.context), evidence=())
         made.append(sample)
-    (batch,) = make_batches(bed, "recall", made, samples, QueryMode.question_seen)
+    (batch,) = make_batches(bed, "sample {} of recall".format, made, samples, QueryMode.question_seen)
     return batch
 
 

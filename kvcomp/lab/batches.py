@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
@@ -36,7 +36,7 @@ class Batch:
 
     Attributes:
         bed: who is asked.
-        source: where the samples come from, for messages.
+        name: what a message calls the sample with a number.
         numbers: of the samples in their source.
         samples: what is asked.
         inputs: of `model.generate`, padded on the left.
@@ -44,7 +44,7 @@ class Batch:
     """
 
     bed: LoadedTestbed
-    source: str
+    name: Callable[[int], str]
     numbers: tuple[int, ...]
     samples: tuple[Sample, ...]
     inputs: dict[str, Tensor]
@@ -75,7 +75,7 @@ class Batch:
         try:
             return locate(self.bed.codec, sample, ids.tolist(), visual.tolist())
         except InputError as error:
-            raise InputError(f"{what} of sample {self.numbers[row]} of {self.source}: {error}") from None
+            raise InputError(f"{what} of {self.name(self.numbers[row])}: {error}") from None
 
     @cached_property
     def visual(self) -> Tensor:
@@ -146,7 +146,7 @@ def continued(inputs: Mapping[str, Tensor], new: Tensor) -> dict[str, Tensor]:
 
 def make_batches(
     bed: LoadedTestbed,
-    source: str,
+    name: Callable[[int], str],
     samples: Sequence[Sample],
     size: int,
     mode: QueryMode,
@@ -156,7 +156,7 @@ def make_batches(
 
     Args:
         bed: who is asked.
-        source: where the samples come from, for messages.
+        name: what a message calls the sample with a number.
         samples: what is asked.
         size: of a batch.
         mode: when the cache is compressed.
@@ -166,25 +166,44 @@ def make_batches(
     column.
 
     Raises:
-        InputError: naming a sample that has no question of its own, with `question_later`.
+        InputError: naming a sample that has no question of its own, with `question_later`, or that the model's
+            processor does not take.
     """
     known = range(len(samples)) if numbers is None else numbers
     lengths = [len(bed.codec.outline(sample).ids) for sample in samples]
-    asked = [_count_question(bed, source, *pair, mode) for pair in zip(known, samples, strict=True)]
+    asked = [_count_question(bed, name(number), sample, mode) for number, sample in zip(known, samples, strict=True)]
     order = sorted(range(len(samples)), key=lambda place: (asked[place], lengths[place]))
     for question_tokens, group in groupby(order, key=asked.__getitem__):
         places = tuple(group)
         for start in range(0, len(places), size):
             chosen = places[start : start + size]
             rows = tuple(samples[place] for place in chosen)
-            yield Batch(bed, source, tuple(known[place] for place in chosen), rows, bed.encode(rows), question_tokens)
+            chosen_numbers = tuple(known[place] for place in chosen)
+            yield Batch(bed, name, chosen_numbers, rows, _encode(bed, name, chosen_numbers, rows), question_tokens)
 
 
-def _count_question(bed: LoadedTestbed, source: str, number: int, sample: Sample, mode: QueryMode) -> int:
+def _encode(
+    bed: LoadedTestbed, name: Callable[[int], str], numbers: Sequence[int], rows: Sequence[Sample]
+) -> dict[str, Tensor]:
+    """Return the inputs of a batch; an error names the sample that it is about."""
+    try:
+        return bed.encode(rows)
+    except InputError:
+        for number, row in zip(numbers, rows, strict=True):
+            _encode_one(bed, name(number), row)
+        raise
+
+
+def _encode_one(bed: LoadedTestbed, name: str, sample: Sample) -> None:
+    try:
+        bed.encode([sample])
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def _count_question(bed: LoadedTestbed, name: str, sample: Sample, mode: QueryMode) -> int:
     if mode is QueryMode.question_seen:
         return 0
     if not sample.question:
-        raise InputError(
-            f"question_later needs a question apart from the context, and sample {number} of {source} has none"
-        )
+        raise InputError(f"question_later needs a question apart from the context, and {name} has none")
     return bed.codec.count_question(sample)

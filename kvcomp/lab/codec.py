@@ -46,15 +46,23 @@ class Codec:
         self.tokenizer = getattr(processor, "tokenizer", processor)
 
     def encode(self, samples: Sequence[Sample]) -> Mapping[str, Tensor]:
-        """Return the inputs of `model.generate` for a batch of samples, padded on the left."""
-        batch: Mapping[str, Tensor] = self.processor.apply_chat_template(
-            [sample.messages() for sample in samples],
-            tokenize=True,
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
-        )
+        """Return the inputs of `model.generate` for a batch of samples, padded on the left.
+
+        Raises:
+            InputError: the processor does not take one of them, such as an image that is too narrow for it.
+        """
+        try:
+            batch: Mapping[str, Tensor] = self.processor.apply_chat_template(
+                [sample.messages() for sample in samples],
+                tokenize=True,
+                add_generation_prompt=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True, "padding_side": "left"},
+            )
+        except Exception as error:  # of foreign code, which says in any type what it cannot take
+            name = type(self.processor).__name__
+            raise InputError(f"a prompt must be one that {name} takes, and it says: {error}") from error
         return batch
 
     def decode(self, ids: Tensor) -> list[str]:

@@ -6,6 +6,7 @@ import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from kvcomp.core.config import strategy
@@ -177,7 +178,8 @@ class Comparison:
 
     def _batches(self, task: Task) -> Iterator[Batch]:
         samples = [task.sample(self.split, index) for index in range(self.samples)]
-        return make_batches(self.bed, task.name, samples, self.batch, QueryMode.question_seen)
+        name = partial(task.name_sample, self.split)
+        return make_batches(self.bed, name, samples, self.batch, QueryMode.question_seen)
 
     def _answer(self, task: Task, batch: Batch, on_step: OnStep) -> None:
         for number, chosen in enumerate(self.strategies):

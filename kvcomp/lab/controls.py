@@ -71,7 +71,17 @@ class Oracle(Method):
     """Keeps the evidence of every sample, then what the strategy keeps: an upper bound."""
 
     def strategy_for(self, batch: Batch) -> Strategy:
-        """Return the strategy that knows the evidence of this batch."""
+        """Return the strategy that knows the evidence of this batch.
+
+        Raises:
+            InputError: of a sample none is known: what it kept then would be no upper bound.
+        """
+        for number, sample in zip(batch.numbers, batch.samples, strict=True):
+            if not sample.evidence:
+                raise InputError(
+                    f"the oracle keeps the evidence of a sample, and none is known of {batch.name(number)}; use "
+                    "another control"
+                )
         assert self.strategy.scorer is not None
         return replace(self.strategy, scorer=KeepEvidence(scorer=self.strategy.scorer, evidence=batch.evidence))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from kvcomp.core.strategy import Strategy
@@ -151,12 +152,12 @@ class Evaluation:
 
     def outcomes(self, task: Task) -> Iterator[Outcome]:
         """Yield what each sample showed, in the order of their batches."""
-        source = f"{task.name}, split {self.split}"
+        name = partial(task.name_sample, self.split)
         numbers = range(self.count(task))
         for start in range(0, len(numbers), POOL * self.batch):  # images of all samples at once may not fit
             drawn = numbers[start : start + POOL * self.batch]
             pool = [self.method.ask(task.sample(self.split, number)) for number in drawn]
-            for batch in make_batches(self.bed, source, pool, self.batch, self.mode, drawn):
+            for batch in make_batches(self.bed, name, pool, self.batch, self.mode, drawn):
                 yield from judge(task, batch, self._answer(task, batch), self.mode)
 
     def count(self, task: Task) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -144,8 +144,8 @@ class Worker:
         first = next(iter(cells.values()))
         task, split, size = self.work.tasks[first.task], split_of(first.seed), self.work.models[first.model].batch
         samples = [first.method.ask(task.sample(split, number)) for number in digests]
-        source = f"{task.name}, split {split}"
-        for batch in make_batches(bed, source, samples, size, first.mode, tuple(digests)):
+        name = partial(task.name_sample, split)
+        for batch in make_batches(bed, name, samples, size, first.mode, tuple(digests)):
             yield from self._answer(session, task, batch, cells, digests)
 
     def _answer(

@@ -86,6 +86,10 @@ class Task(ABC):
     def sample(self, split: str, index: int) -> Sample:
         """Return the sample with this index in a split (`train`, `test`, ...)."""
 
+    def name_sample(self, split: str, index: int) -> str:
+        """Return what a message calls a sample."""
+        return f"sample {index} of {self.name}, split {split}"
+
     def describe(self) -> dict[str, Any]:
         """Return what a result file records of the task: all that decides its samples and its score."""
         return {"name": self.name, "metric": self.metric, "max_new_tokens": self.max_new_tokens}

@@ -7,6 +7,7 @@ import commands
 import pytest
 from commands import save_untrained
 from milebench_folders import record, write_seven, write_task
+from PIL import Image
 from typer.testing import CliRunner
 
 from kvcomp.cli import app
@@ -160,3 +161,14 @@ def test_what_needs_a_question_of_its_own_says_so(folder, seven, options):
     result = call("--model", folder, "--data", seven, "--tasks", "IEdit", *options)
     assert result.exit_code == 2
     assert "question" in result.stderr
+
+
+def test_an_oracle_without_evidence_and_an_image_that_the_model_does_not_take_are_named(folder, seven, tmp_path):
+    result = call("--model", folder, "--data", seven, "--tasks", "STD", "--strategy", "oracle")
+    assert result.exit_code == 2
+    assert "none is known of" in result.stderr
+    path = write_task(tmp_path, "IEdit", [record(number, "{image#1}", [f"{number}.png"]) for number in (6, 7)])
+    Image.new("RGB", (2500, 4)).save(path.parent / "images" / "7.png")
+    result = call("--model", folder, "--data", tmp_path, "--strategy", "full")
+    assert result.exit_code == 2
+    assert f"error: {path}: sample 7: a prompt must be one that" in result.stderr

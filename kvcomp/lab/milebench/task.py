@@ -73,7 +73,7 @@ class MileBenchTask(Task):
                 piece if isinstance(piece, str) else self._open(item, piece) for piece in self.pieces(index)
             )
         except InputError as error:
-            raise InputError(f"{self.file.path}: sample {item.annotation.sample_id}: {error}") from None
+            raise InputError(f"{self.name_sample(split, index)}: {error}") from None
         return self._as_exported(item, context) if self._is_exported(item) else self._as_shown(item, context)
 
     def pieces(self, index: int) -> tuple[Piece, ...]:
@@ -96,6 +96,10 @@ class MileBenchTask(Task):
     def sample_id(self, index: int) -> int:
         """Return the number that MileBench's result files know a sample by."""
         return self.file.items[index].annotation.sample_id
+
+    def name_sample(self, split: str, index: int) -> str:
+        """Return the file and the number that the sample has there."""
+        return f"{self.file.path}: sample {self.sample_id(index)}"
 
     def describe(self) -> dict[str, Any]:
         """Return what a result file records of the task: also its file's checksum, and how prompts are built."""

@@ -15,11 +15,13 @@ from kvcomp.lab.answers import answer
 from kvcomp.lab.batches import Batch, QueryMode, make_batches
 from kvcomp.lab.controls import KeepEvidence, find_method
 
+NAME = "sample {} of s".format
+
 MODES = list(QueryMode)
 
 
 def only_batch(bed, samples, mode):
-    (batch,) = make_batches(bed, "s", samples, len(samples), mode)
+    (batch,) = make_batches(bed, NAME, samples, len(samples), mode)
     return batch
 
 
@@ -154,12 +156,17 @@ def test_a_model_without_positions_of_its_own_is_given_those_of_its_rows(mode):
     rows = [text_inputs(tokens, seed=tokens)["input_ids"] for tokens in (30, 19, 12)]
     samples = (Sample((), "", "5 6 7"),) * 3
     later = 4 if mode is QueryMode.question_later else 0
-    batch = Batch(bed, "s", (0, 1, 2), samples, left_padded(rows), later)
+    batch = Batch(bed, NAME, (0, 1, 2), samples, left_padded(rows), later)
     full = answer(batch, strategy("full", None, mode), mode=mode, forced=True)
     torch.testing.assert_close(full.logits, batch.full_logits, atol=2e-5, rtol=1e-5)
     chosen = strategy("h2o", 0.4, mode)
     together = answer(batch, chosen, mode=mode, forced=True)
     for row, ids in enumerate(rows):
-        alone = answer(Batch(bed, "s", (0,), samples[:1], left_padded([ids]), later), chosen, mode=mode, forced=True)
+        alone = answer(
+            Batch(bed, NAME, (0,), samples[:1], left_padded([ids]), later),
+            chosen,
+            mode=mode,
+            forced=True,
+        )
         assert alone.predictions[0] == together.predictions[row]
         torch.testing.assert_close(together.logits[row], alone.logits[0], atol=2e-5, rtol=1e-5)

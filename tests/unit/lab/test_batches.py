@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from kvcomp.core.errors import InputError
 from kvcomp.lab import Sample
@@ -17,7 +18,7 @@ def samples(echo):
 
 
 def batches(bed, samples, size, mode):
-    return list(make_batches(bed, "fake/echo", samples, size, QueryMode(mode)))
+    return list(make_batches(bed, "sample {} of fake/echo".format, samples, size, QueryMode(mode)))
 
 
 @pytest.mark.parametrize("mode", list(QueryMode))
@@ -76,3 +77,13 @@ def test_reference_answers_stand_behind_the_prompts(bed):
     assert torch.equal(batch.answered["input_ids"][:, :tokens], batch.inputs["input_ids"])
     assert batch.answered["input_ids"][1, tokens:].tolist() == encode("4 0 7")
     assert batch.answered["attention_mask"].shape == batch.answered["input_ids"].shape
+
+
+@pytest.mark.parametrize("mode", list(QueryMode))
+def test_a_sample_that_the_processor_does_not_take_is_named(bed, samples, mode):
+    narrow = replace(samples[4], context=("lisbon", Image.new("RGB", (2500, 4))))
+    with pytest.raises(
+        InputError, match=r"sample 4 of fake/echo: a prompt must be one that .*Processor takes"
+    ) as caught:
+        batches(bed, [*samples[:4], narrow, *samples[5:]], 7, mode)
+    assert "aspect ratio" in str(caught.value)

@@ -1,10 +1,12 @@
 """The controls: what each keeps, and how they are found."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import kvcomp
-from kvcomp.core.errors import ConfigError, IgnoredSettingWarning, UnknownNameError
+from kvcomp.core.errors import ConfigError, IgnoredSettingWarning, InputError, UnknownNameError
 from kvcomp.core.registry import registry
 from kvcomp.lab.answers import answer
 from kvcomp.lab.batches import QueryMode, make_batches
@@ -12,10 +14,12 @@ from kvcomp.lab.controls import CONTROLS, KeepEvidence, Method, NoContext, Oracl
 from kvcomp.lab.tasks import Sample
 from kvcomp.testing import make_sample, view_for
 
+NAME = "sample {} of s".format
+
 
 def kept(bed, method, samples):
     """Return the batch, and the positions that the first layer keeps for each row and KV head."""
-    (batch,) = make_batches(bed, "s", samples, len(samples), QueryMode.question_seen)
+    (batch,) = make_batches(bed, NAME, samples, len(samples), QueryMode.question_seen)
     indices = answer(batch, method.strategy_for(batch)).held.indices[0]
     return batch, [[[index for index in head.tolist() if index >= 0] for head in row] for row in indices]
 
@@ -35,6 +39,12 @@ def test_recency_keeps_the_latest_tokens(bed, echo):
         assert heads == [list(range(tokens - 8, tokens))] * 2
 
 
+def test_an_oracle_that_is_told_nothing_is_refused(bed, echo):
+    samples = [echo().sample("s", 0), replace(echo().sample("s", 1), evidence=())]
+    with pytest.raises(InputError, match="and none is known of sample 1 of s; use another control"):
+        kept(bed, find_method("oracle", "8t"), samples)
+
+
 def test_evidence_beyond_the_budget_loses_its_first_tokens(bed, echo):
     batch, rows = kept(bed, find_method("oracle", "2t"), [echo().sample("s", 1)])
     assert rows == [[list(batch.evidence[0][-2:])] * 2]
@@ -42,7 +52,7 @@ def test_evidence_beyond_the_budget_loses_its_first_tokens(bed, echo):
 
 @pytest.mark.parametrize("mode", list(QueryMode))
 def test_without_images_all_else_stays_in_every_row(bed, echo, mode):
-    (batch,) = make_batches(bed, "s", [echo().sample("s", number) for number in (1, 5, 2)], 3, mode, (1, 5, 2))
+    (batch,) = make_batches(bed, NAME, [echo().sample("s", number) for number in (1, 5, 2)], 3, mode, (1, 5, 2))
     turns = "append" if mode is QueryMode.question_later else "recompress"
     layers = answer(batch, find_method("no-images", turns=turns).strategy_for(batch), mode=mode).held.indices
     for row, number in enumerate(batch.numbers):

@@ -16,6 +16,8 @@ from kvcomp.lab.records import TaskRecord
 from kvcomp.lab.statistics import wilson
 from kvcomp.minimile.tasks import RecallHard
 
+NAME = "sample {} of s".format
+
 MODES = list(QueryMode)
 APPROXIMATE = ("answer_nll", "kl_to_full", "rho", "kv_bytes")
 
@@ -42,7 +44,7 @@ def test_outcomes_do_not_depend_on_the_batch(bed, echo, mode, name):
 @pytest.mark.parametrize("mode", MODES)
 def test_likelihood_divergence_and_retention_against_loops(bed, echo, mode):
     samples = [replace(echo().sample("s", number), answer="riga 4 0 7") for number in (1, 2, 4)]
-    (batch,) = make_batches(bed, "s", samples, 3, mode)
+    (batch,) = make_batches(bed, NAME, samples, 3, mode)
     method = find_method("h2o", 0.3, **({"turns": "append"} if mode is QueryMode.question_later else {}))
     answers = answer(batch, method.strategy, mode=mode, forced=True)
     logits = answers.logits, batch.full_logits
