@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from kvcomp.core.errors import KVCompError
+from kvcomp.core.errors import InputError, KVCompError
 from kvcomp.core.strategy import Strategy
 from kvcomp.lab.ablation import in_mode
 from kvcomp.lab.answers import Answers, SharedPrompt, answer
@@ -143,7 +143,13 @@ class Worker:
     ) -> Iterator[Message]:
         first = next(iter(cells.values()))
         task, split, size = self.work.tasks[first.task], split_of(first.seed), self.work.models[first.model].batch
-        samples = [first.method.ask(task.sample(split, number)) for number in digests]
+        drawn = [task.sample(split, number) for number in digests]
+        try:
+            samples = [first.method.ask(sample) for sample in drawn]
+        except InputError as error:  # a control that has nothing to ask; the other configurations go on
+            self.skipped |= cells.keys()
+            yield from (Skipped(cell.configuration, str(error)) for cell in cells.values())
+            return
         name = partial(task.name_sample, split)
         for batch in make_batches(bed, name, samples, size, first.mode, tuple(digests)):
             yield from self._answer(session, task, batch, cells, digests)

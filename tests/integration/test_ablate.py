@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from ablations import Echo, register_fake_tasks, unregister_fake_tasks, write_file
 from commands import save_untrained
+from milebench_folders import record, write_task
 from typer.testing import CliRunner
 
 from kvcomp.cli.ablate import read_plan
@@ -192,6 +193,25 @@ def test_all_faults_come_before_a_model_is_loaded(tmp_path: Path, monkeypatch: p
     assert invoke("ablate", file, "--out", tmp_path / "out", code=2).stderr.startswith("error: ")
     assert not (tmp_path / "out").exists()
     assert "name of a study" in invoke("ablate", "tabel1", "--out", tmp_path / "out", code=2).stderr
+
+
+def test_a_folder_of_tasks_is_asked_and_a_control_that_cannot_be_is_skipped(model: Path, tmp_path: Path) -> None:
+    samples = [record(number, "{image#1} which ?", [f"{number}.png"]) for number in (4, 7, 9)]
+    write_task(tmp_path / "data", "IEdit", samples)
+    file = write_file(
+        tmp_path / "a.yaml",
+        models=str(model),
+        tasks=[f"milebench:{tmp_path / 'data'}"],
+        strategies=["full", "oracle", "no-context", "recency"],
+        grid={"budget": [0.4]},
+        max_new_tokens=2,
+    )
+    done = json.loads(invoke("ablate", file, "--out", tmp_path / "out", "--json").stdout)
+    asked = {(each.configuration.strategy, each.sample) for each in read_study(tmp_path / "out").results}
+    assert asked == {(name, number) for name in ("full", "recency") for number in range(3)}
+    reasons = {each["strategy"]: each["reason"] for each in done["skipped"]}
+    assert "IEdit.json: sample 4" in reasons["oracle"]
+    assert "no-context asks the question alone" in reasons["no-context"]
 
 
 def test_a_budget_that_a_recipe_refuses_is_skipped_and_said(model: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -77,7 +77,7 @@ class Item:
 
 @dataclass(frozen=True)
 class AnnotationFile:
-    """One checked file.
+    """One checked file. Path and checksum are its hash: what they determine holds mappings.
 
     Attributes:
         path: the file.
@@ -87,8 +87,8 @@ class AnnotationFile:
     """
 
     path: Path
-    meta: Meta
-    items: tuple[Item, ...]
+    meta: Meta = field(hash=False)
+    items: tuple[Item, ...] = field(hash=False)
     sha256: str
 
 
