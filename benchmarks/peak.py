@@ -59,7 +59,7 @@ def main() -> None:
 def peak(name: str, arguments: argparse.Namespace) -> int | str:
     """Return the bytes, or why there are none."""
     try:
-        case = Case(name, strategy(name, arguments.budget))
+        case = Case(name, strategy(name, f"{arguments.budget} or smallest"))
         return peak_on_cpu(SHAPE, arguments.layers, case, arguments.tokens, torch.float32)
     except KVCompError as error:
         return str(error)

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +72,19 @@ def measure_here(request: Mapping[str, Any]) -> int:
     device = torch.device("cpu")
     with torch_threads(request["threads"]):
         model = build_model(shape, device, dtype)
-        _prefill(model, shape.prompt(WARM_UP, device, dtype), case, WARM_UP)
+        _prefill(model, shape.prompt(WARM_UP, device, dtype), _for_short_prompts(case), WARM_UP)
         prompt = shape.prompt(request["tokens"], device, dtype)
         CLEAR.write_text("5")  # the high-water mark starts anew
         before = _resident("VmRSS")
         _prefill(model, prompt, case, request["tokens"])
         return _resident("VmHWM") - before
+
+
+def _for_short_prompts(case: Case) -> Case:
+    if case.strategy is None:
+        return case
+    budget = replace(case.strategy.budget, or_smallest=True)
+    return replace(case, strategy=replace(case.strategy, budget=budget))
 
 
 @torch.inference_mode()
