@@ -216,8 +216,13 @@ class CompressedCacheLayer(LayerCompression, DynamicLayer):  # type: ignore[no-u
         where it is not needed) and that of each (row, KV head) over its own, given transformers' mask over columns.
         """
         slots = self.storage.packed()
-        if slots is None or not can_attend(base, slots, logits, self.only_causal(mask)):
+        if slots is None:
             return None
+        causal = self.only_causal(mask)
+        if not can_attend(base, slots, logits, causal):
+            return None
+        if causal and query.shape[2] == 1:
+            return slots, None, [None] * len(slots.layout.lengths)
         slot_mask = None
         if query.shape[2] > 1 or self.holds_padding:
             slot_mask = self.slot_mask(mask, query, aligned=False)
@@ -236,7 +241,8 @@ class CompressedCacheLayer(LayerCompression, DynamicLayer):  # type: ignore[no-u
             return False
         if mask is None:
             return True
-        return mask.shape[2] == 1 and bool((shown_columns(mask) == self.tokens + self.tail + self.arrived).all())
+        tokens = self.tokens + (self.tail + self.arrived)
+        return mask.shape[2] == 1 and torch.equal(shown_columns(mask).expand_as(tokens), tokens)
 
     def slot_mask(self, mask: Tensor | None, queries: Tensor, *, aligned: bool) -> Tensor | None:
         """Return the mask over this layer's slots, `(batch, heads, queries, slots)`; None for no mask at all.
@@ -261,16 +267,14 @@ class CompressedCacheLayer(LayerCompression, DynamicLayer):  # type: ignore[no-u
             return slot_mask
         return with_mass(slot_mask, self.whole_table().counts, group, queries.dtype)
 
-    def head_masks(self, mask: Tensor | None, slots: PackedSlots, query: Tensor) -> Sequence[Tensor | None]:
-        """Return the mask of one query over the own slots of each (row, KV head), `(1, 1, 1, slots)`, None for none.
+    def head_masks(self, mask: Tensor | None, slots: PackedSlots, query: Tensor) -> Sequence[Tensor]:
+        """Return the mask of one query over the own slots of each (row, KV head), `(1, 1, 1, slots)`.
 
         Args:
             mask: transformers' mask over columns.
             slots: of this layer, none of them padding.
             query: `(batch, heads, 1, head_dim)`.
         """
-        if self.only_causal(mask):
-            return [None] * len(slots.layout.lengths)
         assert isinstance(self.held_table, PackedTable)
         table, tail = self.held_table, self.tail + self.arrived
         sizes = [length + slots.appended - tail for length in slots.layout.lengths]

@@ -15,6 +15,7 @@ from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel
 import kvcomp
 from kvcomp.core.hookspecs import hookimpl
 from kvcomp.core.registry import registry
+from kvcomp.runtime.forward import Logits
 
 
 @pytest.fixture
@@ -163,7 +164,7 @@ def test_a_later_turn_without_padding_needs_no_mask_to_decode():
         layer, query = cache.layers[0], torch.zeros(1, 4, 1, 16)
         assert layer.only_causal(None)
         if store == "ragged":
-            assert layer.head_masks(None, layer.storage.packed(), query) == [None, None]
+            assert layer.packed("sdpa", query, None, Logits(1.0))[1:] == (None, [None, None])
         else:
             assert layer.slot_mask(None, query, aligned=False) is not None
     assert_same_answer(*answers)
