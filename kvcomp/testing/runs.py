@@ -72,7 +72,10 @@ def run(strategy: Strategy, sample: Sample) -> Run:
 
 
 def run_view(strategy: Strategy, view: LayerView) -> Run:
-    """Return what every stage makes of a view; of a budget that is too small for it, at the smallest that is not."""
+    """Return what every stage makes of a view; of a budget that is too small for it, at the smallest that is not,
+    whether it says `or smallest` or not.
+    """
+    strategy = replace(strategy, budget=replace(strategy.budget, or_smallest=False))
     try:
         return _run(strategy, view)
     except BudgetError as error:

@@ -68,7 +68,7 @@ def exact_sum(strategy: Strategy, part: Part, sample: Sample) -> None:
     layers = 1 if part.scope == "layer" else sample.layers
     seen = run(strategy, sample)
     views, scores = [seen.view] * layers, [seen.scores] * layers
-    allotted = strategy.allocate(seen.share, views, scores)
+    allotted = seen.strategy.allocate(seen.share, views, scores)
     shape = (layers, *seen.view.shape[:2])
     require(tuple(allotted.shape) == shape, f"slots must be (layers, batch, kv_heads) {shape}, got {allotted.shape}")
     require(allotted.dtype == torch.int64, f"slots must be int64, got {allotted.dtype}")
