@@ -4,7 +4,8 @@
 
 All caches of one length are alive together and decode in turns of one token, the stock cache with a model of its own.
 What a token takes at 64 tokens is what does not depend on the length. It ends with exit code 1 where at a budget b the
-rest is more than 1.2 b of the stock cache's, or a token at a budget of 1.0 takes longer than the stock cache's.
+rest is more than 1.2 b of the stock cache's, or, from 4,096 tokens on, a token at a budget of 1.0 takes longer than the
+stock cache's.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from kvcomp.lab.threads import torch_threads
 
 BASE = 64  # tokens of a cache so short that its length does not matter
 BUDGET = 0.2
+LONG = 4096  # tokens from which on a budget of 1.0 is to be no slower
 
 
 @torch.inference_mode()
@@ -66,6 +68,7 @@ def main() -> None:
     names, missed = [case.name for case in cases], []
     with torch_threads(1):
         models = {stock: build_model(shape, torch.device("cpu"), torch.float32) for stock in (True, False)}
+        medians(shape, models, cases, BASE, arguments.decode)  # warms up, so that no length is measured cold
         found = {
             tokens: dict(zip(names, medians(shape, models, cases, tokens, arguments.decode), strict=True))
             for tokens in (BASE, *arguments.tokens)
@@ -77,7 +80,7 @@ def main() -> None:
         shown = ", ".join(f"{part:.2f}" for part in parts.values())
         print(f"| {tokens:,} | " + " | ".join(f"{1000 * times[name]:.1f}" for name in names) + f" | {shown} |")
         missed += [name for name, part in parts.items() if str(BUDGET) in name and part > 1.2 * BUDGET]
-        missed += [name for name in parts if name.endswith("1.0") and times[name] > times[STOCK]]
+        missed += [name for name in parts if tokens >= LONG and name.endswith("1.0") and times[name] > times[STOCK]]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps({"decoded": arguments.decode, "seconds": found}, indent=1))
     sys.exit(f"bars missed: {', '.join(dict.fromkeys(missed))}" if missed else 0)

@@ -261,7 +261,7 @@ class CompressedCache(Cache):
                 last forward did not end.
         """
         self._check_inputs(inputs)
-        self._modality = self._modality_of(inputs)
+        self._modality = self.adapter.modality(inputs)
         self._noted = True
 
     def text_begins(self, inputs: Mapping[str, Any]) -> None:
@@ -275,7 +275,7 @@ class CompressedCache(Cache):
         """
         if not self._noted:
             self._check_inputs(inputs)
-            self._modality = self._modality_of(inputs)
+            self._modality = self.adapter.modality(inputs)
         positions = inputs.get("position_ids")
         if positions is not None:
             positions = positions[None] if positions.dim() == 2 else positions[-3:]
@@ -344,10 +344,6 @@ class CompressedCache(Cache):
         self._check_ended()
         rows = len(next(iter(self.compressed_layers.values())).tokens) if self.used else None
         check_incoming(inputs, rows, self.get_seq_length(), shared=bool(self.serves))
-
-    def _modality_of(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Return the modality of the new tokens, None where all are text, as a token that is decoded is."""
-        return None if self.used and new_token_count(inputs) == 1 else self.adapter.modality(inputs)
 
     def _forget_forward(self) -> None:
         """Forget what is held only while a forward is under way."""
