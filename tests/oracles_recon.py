@@ -116,6 +116,7 @@ def reconstruction(
     chunk: int = 10**6,
     overlap: int = 0,
     instruction: tuple[int, ...] = (),
+    noise: float = 0.0,
     hidden: dict[int, Tensor] | None = None,
     squares: bool = False,
 ) -> list[list[list[float]]]:
@@ -126,33 +127,19 @@ def reconstruction(
     """
     prompt = prefill(model, inputs)
     tokens = prompt.embeddings.shape[1]
-    following = int(prompt.positions.max()) + 1  # positions go on after the largest of any axis
     scores: list[list[list[float]]] = []
     with watched(model) as seen:
         seen.hidden.update(hidden or {})
-        for start in range(0, tokens, chunk):
-            first = max(0, start - overlap)
-            # "The model is given a request to repeat, then the chunk": the request here is given by its ids.
-            asked = model.get_input_embeddings()(torch.tensor([instruction], dtype=torch.long))
-            end = min(start + chunk, tokens)
-            more = prompt.more(first, end)
-            if "visual_pos_masks" in more:
-                unmarked = torch.zeros(1, len(instruction), dtype=torch.bool)
-                more["visual_pos_masks"] = torch.cat([unmarked, more["visual_pos_masks"]], dim=1)
-            fed = torch.cat([asked, prompt.embeddings[:, first:end]], dim=1)
-            place = prompt.positions[:, first:end]
-            place = place - place.min() + following + len(instruction)
-            place = torch.cat([(following + torch.arange(len(instruction))).expand(len(place), -1), place], dim=1)
+        for given, place in readings(model, prompt, chunk, overlap, instruction, noise):
             with torch.no_grad():
                 model.get_decoder()(
-                    inputs_embeds=fed,
                     position_ids=place[:, None] if len(place) > 1 else place,
                     past_key_values=copy.deepcopy(prompt.cache),  # what one chunk adds is gone before the next
-                    **more,
+                    **given,
                 )
             for layer in range(len(seen.queries)):
                 found = []
-                if seen.keys[layer].shape[1] == tokens + fed.shape[1]:  # else its window slides
+                if seen.keys[layer].shape[1] == tokens + place.shape[1]:  # else its window slides
                     rows = (seen.queries[layer], seen.keys[layer], tokens, seen.hidden.get(layer))
                     found = (squares_received if squares else largest_received)(*rows)
                 if layer == len(scores):
@@ -163,6 +150,32 @@ def reconstruction(
                     for heads in zip(scores[layer], found, strict=True)
                 ]
     return scores
+
+
+def readings(
+    model: PreTrainedModel, prompt: Prefilled, chunk: int, overlap: int, instruction: tuple[int, ...], noise: float
+) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """What the text model is given each time, and at which positions `(axes, tokens)`."""
+    tokens = prompt.embeddings.shape[1]
+    following = int(prompt.positions.max()) + 1  # positions go on after the largest of any axis
+    for start in range(0, tokens, chunk):
+        first = max(0, start - overlap)
+        # "The model is given a request to repeat, then the chunk": the request here is given by its ids.
+        asked = model.get_input_embeddings()(torch.tensor([instruction], dtype=torch.long))
+        end = min(start + chunk, tokens)
+        more = prompt.more(first, end)
+        if "visual_pos_masks" in more:
+            unmarked = torch.zeros(1, len(instruction), dtype=torch.bool)
+            more["visual_pos_masks"] = torch.cat([unmarked, more["visual_pos_masks"]], dim=1)
+        place = prompt.positions[:, first:end]
+        place = place - place.min() + following + len(instruction)
+        place = torch.cat([(following + torch.arange(len(instruction))).expand(len(place), -1), place], dim=1)
+        yield {"inputs_embeds": torch.cat([asked, prompt.embeddings[:, first:end]], dim=1), **more}, place
+        # "As many tokens of the vocabulary, drawn with the chunk's first place as the seed, as `noise` says"
+        if count := math.floor(noise * (end - start)):
+            drawn = torch.Generator().manual_seed(start)
+            ids = torch.randint(model.get_decoder().config.vocab_size, (1, count), generator=drawn)
+            yield {"input_ids": ids}, (following + torch.arange(count)).expand(len(place), -1)
 
 
 def halved(model: PreTrainedModel, inputs: dict[str, Tensor], slots: int) -> list[list[list[int]]]:

@@ -116,11 +116,13 @@ class Repeat:
         chunk: tokens that are fed at a time.
         overlap: tokens before each later chunk that are fed again with it, so that its first tokens have a context.
         instruction: token ids that are fed before every chunk.
+        noise: tokens drawn from the whole vocabulary that are fed after every chunk by themselves, per token of it.
     """
 
     chunk: int
     overlap: int = 0
     instruction: tuple[int, ...] = ()
+    noise: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -150,6 +150,10 @@ class Context:
             more = self.lengths[:, None] > start  # a row that has ended is not repeated for its overlap
             chunk = self._chunk(self.order[:, places], (places < self.lengths[:, None]) & more)
             yield self._instructed(chunk, repeat.instruction) if repeat.instruction else chunk
+            own = (self.lengths - start).clamp(min=0, max=repeat.chunk)
+            counts = (own * repeat.noise).long()
+            if bool(counts.any()):
+                yield self._noise(counts, seed=start)
 
     def _chunk(self, index: Tensor, valid: Tensor) -> Chunk:
         positions = torch.stack([axis[:, 0].expand_as(self.order).gather(1, index) for axis in self.table.positions])
@@ -171,6 +175,16 @@ class Context:
             torch.cat([asked, chunk.valid], dim=1),
             torch.cat([torch.zeros_like(ids, dtype=torch.int8), chunk.modality], dim=1),
         )
+
+    def _noise(self, counts: Tensor, seed: int) -> Chunk:
+        """Return that many tokens per row, `(batch,)`, drawn from the vocabulary; every row has the same first ones."""
+        generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device reads the same
+        drawn = torch.randint(_vocabulary(self.decoder), (int(counts.max()),), generator=generator)
+        places = torch.arange(len(drawn), device=counts.device)
+        valid = places < counts[:, None]
+        ids = drawn.to(counts.device).expand(len(counts), -1)
+        positions = (self.next_positions[..., None] + places).masked_fill(~valid, 0)
+        return Chunk(Fed(ids), positions, valid, torch.zeros_like(ids, dtype=torch.int8))
 
     def feed(self, chunk: Chunk, observations: Mapping[int, Sequence[Observation]]) -> None:
         """Run the text model on one chunk, and join what is observed with what the layers know of the others."""
@@ -203,6 +217,12 @@ class Context:
         if not layer.trimmed:  # else the slots of each layer know which of them are filled
             before = layer.whole_table().valid[:, 0].expand(batch, -1)
         return torch.cat([before, chunk.valid], dim=1).long()
+
+
+def _vocabulary(decoder: Any) -> int:
+    """Return how many tokens text may have; Gemma's embeddings of every layer know fewer than its first ones."""
+    known = ("vocab_size", "vocab_size_per_layer_input")
+    return min(getattr(decoder.config, name) for name in known if hasattr(decoder.config, name))
 
 
 def _first(cache_layers: Sequence[Any]) -> CompressedCacheLayer:

@@ -25,6 +25,8 @@ ONCE = {
     "chunks": {"chunk": 7},
     "overlapping": {"chunk": 11, "overlap": 3},
     "instructed": {"chunk": 16, "overlap": 2, "instruction": [5, 8, 13]},
+    "noisy": {"noise": 0.7},
+    "noisy chunks": {"chunk": 11, "overlap": 3, "noise": 1.5},
 }
 WAYS = ONCE | {"halving": {"halving": True}, "halving chunks": {"halving": True, "chunk": 9, "overlap": 2}}
 
@@ -72,7 +74,7 @@ def test_scores_and_kept_indices_are_those_of_the_oracle(family, attention, way)
             assert layer.indices[0, head].tolist() == oracles_recon.kept(expected[head], slots)
 
 
-@pytest.mark.parametrize(("family", "way"), [(family, way) for family in TAKE_MORE for way in ("whole", "overlapping")])
+@pytest.mark.parametrize(("family", "way"), [(family, way) for family in TAKE_MORE for way in ("whole", "overlapping", "noisy chunks")])
 def test_what_a_model_takes_beside_embeddings_is_fed_again(family, way):
     model, inputs = FAMILIES[family].model(), FAMILIES[family].prompt(0)
     cache = prefill(model, inputs, recipe(**ONCE[way]), budget={"tokens": 5000})
@@ -126,7 +128,7 @@ def test_kvcomp_global_keeps_the_best_of_all_layers_and_heads(family, budget):
     build, inputs = MODELS[family]
     cache = prefill(build(), inputs, "kvcomp-global", budget=budget)
     slots = oracles.num_slots(budget, inputs["input_ids"].shape[1])
-    scores = oracles_recon.reconstruction(*in_float64(family), squares=True)
+    scores = oracles_recon.reconstruction(*in_float64(family), squares=True, noise=1.0)
     expected = oracles_recon.shared_budget(scores, slots, floor=slots // 10)
     assert_kept(cache, expected)
     assert cache.report().allocated_bytes == sum(len(kept) for heads in expected for kept in heads) * (
@@ -259,6 +261,10 @@ def test_it_costs_one_more_prefill_and_none_where_everything_stays():
     with kvcomp.compress(model, recipe(chunk=16, overlap=4)) as cache:
         generate(model, inputs, cache, 4)
     assert calls.tokens == [40, 16, 20, 12, 1, 1, 1]
+    calls.tokens.clear()
+    with kvcomp.compress(model, recipe(chunk=16, overlap=4, noise=0.5)) as cache:
+        generate(model, inputs, cache, 2)
+    assert calls.tokens == [40, 16, 8, 20, 8, 12, 4, 1]
     calls.tokens.clear()
     with kvcomp.compress(model, recipe(), budget=1.0) as cache:
         generate(model, inputs, cache, 3)

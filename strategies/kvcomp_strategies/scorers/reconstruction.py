@@ -37,6 +37,9 @@ class Reconstruction(Scorer, use="reconstruction"):
 
     Attributes:
         chunk, overlap, instruction: see the observation `reconstruction`.
+        noise: how many tokens of no meaning are read after each token of the context has been read once more (not in
+            KVzip). The context looks for what it needs to go on; a question looks for something else, in words that the
+            context may not have. Tokens drawn from the whole vocabulary look for anything. 1.0 costs one more prefill.
         received: `"largest"`, or `"squares"` (not in KVzip): the root of the sum of squares over rows and query heads.
             Dropping token j changes the output of row i by about a_ij (o_i - v_j), so that this is the error over all
             rows if values are about equally far from the outputs. The largest says nothing of how many rows look, and a
@@ -52,6 +55,7 @@ class Reconstruction(Scorer, use="reconstruction"):
     chunk: int = Field(default=2048, ge=1)
     overlap: int = Field(default=8, ge=0)
     instruction: TokenIds = ()
+    noise: float = Field(default=0.0, ge=0.0)
     received: Literal["largest", "squares"] = "largest"
     sinks: int = Field(default=0, ge=0)
     halving: bool = False
@@ -80,4 +84,6 @@ class Reconstruction(Scorer, use="reconstruction"):
 
     def _reading(self) -> SecondReading:
         statistic = LargestReceived if self.received == "largest" else SquaresReceived
-        return statistic(chunk=self.chunk, overlap=self.overlap, instruction=self.instruction)
+        return statistic(
+            chunk=self.chunk, overlap=self.overlap, instruction=self.instruction, noise=self.noise
+        )
