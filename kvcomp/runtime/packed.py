@@ -165,7 +165,7 @@ def _varlen(query: Tensor, slots: PackedSlots, scaling: float, appended: int | T
     bounds = F.pad(layout.ends + layout.room, (1, 0))
     used = layout.ends - bounds[:-1] + appended
     grouped = query.view(batch, kv_heads, heads // kv_heads, queries, head_dim).transpose(2, 3)
-    output: Tensor = varlen_attn(
+    output = varlen_attn(
         grouped.reshape(-1, heads // kv_heads, head_dim),
         slots.keys[:, None],
         slots.values[:, None],
@@ -178,5 +178,6 @@ def _varlen(query: Tensor, slots: PackedSlots, scaling: float, appended: int | T
         enable_gqa=True,
         seqused_k=used.int(),
     )
+    assert isinstance(output, Tensor)  # not a pair, which it is where more is asked for
     output = output.view(batch, kv_heads, queries, heads // kv_heads, head_dim).transpose(1, 2)
     return output.reshape(batch, queries, heads, head_dim)
