@@ -4,15 +4,19 @@
     python benchmarks/gpu.py --device cpu --shape llama-6l-64 --layers 1 --table 256 --throughput 128 --prefill 128
 
 Random weights in the shape of Qwen2.5-VL-7B, half of the prompt visual, in bfloat16. It needs PyTorch with CUDA,
-transformers, and kvcomp on the path; no network. `--parts` runs some of it; what is done is written after each part.
+transformers, and kvcomp on the path; no network. `--parts` runs some of it. What is done is written after each part; a
+part that fails keeps the rows that it has, and the others run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ from kvcomp.lab.threads import torch_threads
 
 PARTS = ("floors", "table", "throughput", "prefill")
 BUDGETS = (1.0, 0.5, 0.35, 0.2, 0.05)
+COMPILED = 0.2  # each compiled row costs a minute of compiling
 GIB = 2**30
 
 
@@ -100,49 +105,66 @@ class Run:
         self.model = build_model(self.shape, self.device, self.dtype)
         self.machine = Machine(self.device, self.dtype, 2**22 if self.device.type == "cpu" else 2**28)
 
-    def floors(self) -> dict[str, float]:
-        """Return what the device does at most."""
-        return {"bytes_per_second": self.machine.bandwidth, "operations_per_second": self.machine.rate}
+    def floors(self) -> Iterator[dict[str, Any]]:
+        """Give what the device does at most."""
+        yield {"bytes_per_second": self.machine.bandwidth, "operations_per_second": self.machine.rate}
 
-    def table(self) -> list[dict[str, Any]]:
-        """Return time per token, eager and compiled, and bytes at the budgets of the paper's Table 2."""
-        cases = make_cases(["flowmm"], BUDGETS, compiled=not self.arguments.eager)
-        rows = []
+    def table(self) -> Iterator[dict[str, Any]]:
+        """Give time per token and bytes at the budgets of the paper's Table 2, and one of them compiled."""
+        cases = make_cases(["flowmm"], BUDGETS)
+        if not self.arguments.eager:
+            cases += [case for case in make_cases(["flowmm"], [COMPILED], compiled=True) if case.compiled]
         for found in self._bench(cases, throughput=False).run(self.arguments.table):
             shown = row(found)
             if not found.skipped:
                 floor = floor_of_decode(self.model, found.kv_bytes or 0, self.machine)
                 shown |= {"floor_ms": 1000 * floor, "over_floor": shown["decode_ms"] / (1000 * floor)}
                 shown |= {"peak_gib": self._peak(next(case for case in cases if case.name == found.case))}
-            rows.append(shown)
-        return rows
+            yield shown
 
-    def throughput(self) -> list[dict[str, Any]]:
-        """Return tokens per second at a fixed KV memory: as many sequences as fit."""
+    def throughput(self) -> Iterator[dict[str, Any]]:
+        """Give tokens per second at a fixed KV memory: as many sequences as fit."""
         bench = self._bench(make_cases(["flowmm", "snapkv"], [0.2]), throughput=True)
-        return [row(found) for tokens in self.arguments.throughput for found in bench.run(tokens)]
+        yield from self._rows(bench, self.arguments.throughput)
 
-    def prefill(self) -> list[dict[str, Any]]:
-        """Return what compression adds to the prefill."""
+    def prefill(self) -> Iterator[dict[str, Any]]:
+        """Give what compression adds to the prefill."""
         bench = self._bench(make_cases(["streaming-llm", "snapkv", "flowmm", "h2o"], [0.2]), throughput=False)
-        return [row(found) for tokens in self.arguments.prefill for found in bench.run(tokens)]
+        yield from self._rows(replace(bench, decoded=8), self.arguments.prefill)
+
+    def _rows(self, bench: Bench, lengths: list[int]) -> Iterator[dict[str, Any]]:
+        for tokens in lengths:
+            yield from map(row, bench.run(tokens))
 
     def _bench(self, cases: list[Case], *, throughput: bool) -> Bench:
         memory = None if self.arguments.kv_gib is None else int(self.arguments.kv_gib * GIB)
         quick = self.arguments.quick
         return Bench(
-            self.shape, self.model, cases, 1 if quick else 3, 8 if quick else 64, throughput, memory, largest=512
+            self.shape, self.model, cases, 1 if quick else 2, 8 if quick else 32, throughput, memory, largest=512
         )
 
     def _peak(self, case: Case) -> float | None:
         if self.device.type != "cuda" or case.compiled:
             return None
-        return peak_on_cuda(self.model, self.shape, case, self.arguments.table) / GIB
+        try:
+            return peak_on_cuda(self.model, self.shape, case, self.arguments.table) / GIB
+        except torch.OutOfMemoryError:
+            return None
 
 
-def show(title: str, found: Any) -> None:
-    """Print what a part found as Markdown."""
-    rows = found if isinstance(found, list) else [found]
+def gather(rows: Iterator[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """Return the rows that a part gave, and what ended it before its end; empty where nothing did."""
+    given = []
+    try:
+        given.extend(rows)
+    except Exception as error:  # one part must not cost the others' results
+        traceback.print_exc()
+        return given, f"{type(error).__name__}: {error}"
+    return given, ""
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    """Print the rows of a part as Markdown."""
     names = [name for name in dict.fromkeys(name for entry in rows for name in entry) if name != "stages"]
     print(f"\n{title}\n\n| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
     for entry in rows:
@@ -164,7 +186,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--table", type=int, default=38000, help="tokens of Table 2's prompt")
     parser.add_argument("--throughput", type=int, nargs="+", default=[8192, 16384, 32768])
-    parser.add_argument("--prefill", type=int, nargs="+", default=[8192, 16384, 32768, 65536])
+    parser.add_argument("--prefill", type=int, nargs="+", default=[8192, 16384, 32768])
     parser.add_argument("--kv-gib", type=float, help="KV memory of throughput; by default four stock sequences")
     parser.add_argument("--eager", action="store_true", help="leave the compiled rows out")
     parser.add_argument("--quick", action="store_true", help="one turn and few tokens")
@@ -172,20 +194,23 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    """Measure each part, print it, and write everything as JSON."""
+def main() -> int:
+    """Measure each part, print it, and write everything as JSON; return 1 where a part failed."""
     arguments, started = parse(), time.monotonic()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with torch_threads(1):
         run = Run(arguments)
         document: dict[str, Any] = {"shape": run.shape.describe(), "clock": clock_of(run.model)[1]}
         document |= {"device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu"}
+        document["failed"] = {}
         for part in arguments.parts:
-            document[part] = getattr(run, part)()
+            document[part], failure = gather(getattr(run, part)())
+            document["failed"] |= {part: failure} if failure else {}
             show(part, document[part])
             written = document | circumstances(time.monotonic() - started)
             arguments.out.write_text(json.dumps(written, indent=1))
+    return 1 if document["failed"] else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

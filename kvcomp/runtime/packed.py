@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,8 @@ from kvcomp.runtime.grouped import probabilities, sink_rows
 
 VARLEN_DTYPES = (torch.float16, torch.bfloat16)
 VARLEN_HEAD_DIM = 256  # the largest that flash attention takes
+VARLEN_CAPABILITY = (8, 0)  # the oldest GPUs that it runs on
+VARLEN_SETTINGS = {"scale", "window_size", "enable_gqa", "seqused_k"}  # those that `_varlen` needs
 
 
 def can_attend(base: str, slots: PackedSlots, logits: Logits, causal: bool) -> bool:
@@ -126,35 +127,45 @@ def _eager(
 
 
 @cache
-def _varlen_attention() -> Callable[..., Any] | None:
-    """Return torch's variable-length attention where it takes sequences with room at their ends."""
+def _has_varlen() -> bool:
+    """Return whether torch has variable-length attention that takes groups of heads, and sequences with room at their
+    ends.
+    """
     try:
         from torch.nn.attention.varlen import varlen_attn  # not in every torch that kvcomp works with
     except ImportError:
-        return None
-    return varlen_attn if "seqused_k" in inspect.signature(varlen_attn).parameters else None
+        return False
+    return inspect.signature(varlen_attn).parameters.keys() >= VARLEN_SETTINGS
 
 
 def _can_vary(slots: PackedSlots) -> bool:
     head_dim = slots.keys.shape[1]
     fits = slots.keys.dtype in VARLEN_DTYPES and head_dim % 8 == 0 and head_dim <= VARLEN_HEAD_DIM
     alike = slots.keys.shape == slots.values.shape
-    return slots.keys.device.type == "cuda" and fits and alike and _varlen_attention() is not None
+    return fits and alike and _runs_varlen(slots.keys.device) and _has_varlen()
+
+
+def _runs_varlen(device: torch.device) -> bool:
+    """Return whether flash attention has a kernel for a device: its own, for which ROCm builds have another."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= VARLEN_CAPABILITY
 
 
 def _varlen(query: Tensor, slots: PackedSlots, scaling: float, appended: int | Tensor) -> Tensor:
     """Return the output of one call in which every (row, KV head) is a sequence and its query group the heads.
 
-    Several queries are causal: the new tokens are the last of every sequence.
+    Several queries are causal: the new tokens are the last of every sequence. One query sees every slot, and is not
+    called causal: only then does the kernel read each key once for the whole group, and share long sequences out.
     """
-    attention = _varlen_attention()
-    assert attention is not None
+    from torch.nn.attention.varlen import varlen_attn  # as `can_attend` found
+
     batch, heads, queries, head_dim = query.shape
     layout, kv_heads = slots.layout, slots.layout.kv_heads
     bounds = F.pad(layout.ends + layout.room, (1, 0))
     used = layout.ends - bounds[:-1] + appended
     grouped = query.view(batch, kv_heads, heads // kv_heads, queries, head_dim).transpose(2, 3)
-    output: Tensor = attention(
+    output = varlen_attn(
         grouped.reshape(-1, heads // kv_heads, head_dim),
         slots.keys[:, None],
         slots.values[:, None],
@@ -163,9 +174,10 @@ def _varlen(query: Tensor, slots: PackedSlots, scaling: float, appended: int | T
         queries,
         max(layout.lengths) + slots.appended,
         scale=scaling,
-        window_size=(-1, 0),
+        window_size=(-1, -1 if queries == 1 else 0),
         enable_gqa=True,
         seqused_k=used.int(),
     )
+    assert isinstance(output, Tensor)  # not a pair, which it is where more is asked for
     output = output.view(batch, kv_heads, queries, heads // kv_heads, head_dim).transpose(1, 2)
     return output.reshape(batch, queries, heads, head_dim)

@@ -80,18 +80,16 @@ class PackedBuffers(Buffers):
 
     def read(self, filled: int) -> tuple[Tensor, Tensor]:
         """Return copies of the filled slots, with zeros where shorter heads have none."""
-        layout, appended, device = self.layout, filled - self.layout.width, self.keys.device
+        layout, appended, host = self.layout, filled - self.layout.width, torch.device("cpu")
         ends = [start + length for start, length in zip(layout.starts, layout.lengths, strict=True)]
         tail = [appended] * len(ends)
-        source = torch.cat([runs(layout.starts, layout.lengths, device), runs(ends, tail, device)])
-        target = torch.cat(
-            [
-                runs(range(0, len(ends) * filled, filled), layout.lengths, device),
-                runs(range(layout.width, layout.width + len(ends) * filled, filled), tail, device),
-            ]
-        )
+        spread = range(0, len(ends) * filled, filled), range(layout.width, layout.width + len(ends) * filled, filled)
+        source = [runs(layout.starts, layout.lengths, host), runs(ends, tail, host)]
+        target = [runs(spread[0], layout.lengths, host), runs(spread[1], tail, host)]
+        # Together they go to the device once, which waits for it.
+        here, there = torch.stack([torch.cat(source), torch.cat(target)]).to(self.keys.device)
         shape = (len(ends) // layout.kv_heads, layout.kv_heads, filled)
-        return _spread(self.keys, source, target, shape), _spread(self.values, source, target, shape)
+        return _spread(self.keys, here, there, shape), _spread(self.values, here, there, shape)
 
     def packed(self, filled: int) -> PackedSlots:
         """Return the slots as they lie."""

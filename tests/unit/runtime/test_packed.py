@@ -10,6 +10,7 @@ import pytest
 import torch
 from kvcomp_strategies.stores.ragged import Ragged
 from torch import Tensor
+from varlen import play_varlen
 
 from kvcomp.core.packed import PackedSlots
 from kvcomp.runtime import packed
@@ -121,48 +122,25 @@ def test_dropout_drops() -> None:
         assert (attend_packed(base, query, slots, [None] * 4, Logits(0.4), dropout=1.0)[0] == 0).all()
 
 
-# --- variable-length attention, its kernel played by a loop ---
-
-
-def varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    **rest: object,
-) -> Tensor:
-    """Do as torch's kernel says it does: causal from the end of each sequence, of which `seqused_k` slots count."""
-    assert rest["window_size"] == (-1, 0)
-    assert rest["enable_gqa"]
-    used, scale = rest["seqused_k"], rest["scale"]
-    assert isinstance(used, Tensor)
-    assert isinstance(scale, float)
-    assert {cu_seq_q.dtype, cu_seq_k.dtype, used.dtype} == {torch.int32}
-    assert int(used.max()) == max_k
-    assert (cu_seq_k[:-1] + used <= cu_seq_k[1:]).all()
-    assert cu_seq_k[-1] == key.shape[0]
-    output = torch.zeros_like(query)
-    for number, (start, end) in enumerate(zip(cu_seq_q[:-1].tolist(), cu_seq_q[1:].tolist(), strict=True)):
-        first, count = int(cu_seq_k[number]), int(used[number])
-        assert end - start == max_q
-        visible = torch.ones(max_q, count).tril(count - max_q).bool()
-        own = query[start:end].transpose(0, 1)  # (group, queries, head_dim)
-        keys, values = (t[first : first + count, 0] for t in (key, value))
-        logits = (own @ keys.T * scale).masked_fill(~visible, -1e30)
-        output[start:end] = (logits.softmax(dim=-1) @ values).transpose(0, 1)
-    return output
+# --- variable-length attention ---
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_variable_length_attention_is_told_where_sequences_lie(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "_varlen_attention", lambda: varlen)
-    slots, query = slots_of(3), queries_of(tokens)
+    windows = play_varlen(monkeypatch)
+    slots, query = slots_of(3, torch.bfloat16), queries_of(tokens, torch.bfloat16)
     causal = torch.ones(2, HEADS, tokens, 8, dtype=torch.bool).tril(8 - tokens)
     output = packed._varlen(query, slots, 0.4, slots.appended)
-    assert torch.allclose(output.double(), naive(query, slots, causal, Logits(0.4)), atol=1e-6)
+    assert torch.allclose(output.double(), naive(query, slots, causal, Logits(0.4)), atol=0.03)
+    assert windows == [(-1, -1 if tokens == 1 else 0)]  # only without a window is the group of a query one block
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_compiled_step_goes_through_variable_length_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    play_varlen(monkeypatch)
+    slots, query = slots_of(3, torch.bfloat16), queries_of(1, torch.bfloat16)
+    step = torch.compile(lambda appended: packed._varlen(query, slots, 0.4, appended), backend="eager", fullgraph=True)
+    assert torch.equal(step(torch.tensor(3)), packed._varlen(query, slots, 0.4, 3))
 
 
 def test_where_attention_can_run_over_packed_slots() -> None:
@@ -174,10 +152,30 @@ def test_where_attention_can_run_over_packed_slots() -> None:
     assert not can_attend("sdpa", elsewhere, Logits(1.0), causal=True)
 
 
-def test_torch_is_asked_once_whether_it_has_the_kernel() -> None:
-    kernel = packed._varlen_attention()
-    assert kernel is packed._varlen_attention()
-    assert kernel is None or callable(kernel)
+@pytest.mark.parametrize(
+    ("settings", "has"),
+    [
+        ("*, scale=None, window_size=(-1, -1), enable_gqa=False, seqused_k=None", True),
+        ("*, scale=None, window_size=(-1, -1), seqused_k=None", False),  # as nightly builds before 2.12 had it
+        ("is_causal=False, return_aux=None", False),
+    ],
+)
+def test_torch_must_have_every_setting_of_the_kernel(settings: str, has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(module, "varlen_attn", eval(f"lambda query, key, value, {settings}: None"))
+    packed._has_varlen.cache_clear()
+    assert packed._has_varlen() == has
+    packed._has_varlen.cache_clear()
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_the_kernel_runs_on_gpus_that_are_new_enough(
+    capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert packed._runs_varlen(torch.device("cuda", 0)) == runs
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not packed._runs_varlen(torch.device("cuda", 0))
 
 
 @pytest.mark.gpu
