@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from kvcomp.cli.ablate import ablate
-from kvcomp.cli.bench import bench
+from kvcomp.cli.bench import JsonToStdout, bench
 from kvcomp.cli.catalogue import check, list_entries, show
 from kvcomp.cli.demo import demo
 from kvcomp.cli.evaluate import evaluate
@@ -92,5 +92,5 @@ app.command()(inspect)
 app.command()(ablate)
 app.command()(report)
 app.command()(demo)
-app.command()(bench)
+app.command(cls=JsonToStdout)(bench)
 app.add_typer(tasks, name="tasks")

@@ -7,10 +7,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from typer.core import TyperCommand
 
 from kvcomp.cli.evaluate import Dtype, tried
 from kvcomp.cli.models import find_device
@@ -35,6 +36,20 @@ DECODED, QUICK_DECODED = 32, 12
 STDOUT = Path("-")
 PLOTS = (".png", ".svg", ".pdf")
 INTERRUPTED = 130  # what a shell reports of Ctrl-C
+
+
+class JsonToStdout(TyperCommand):
+    """`--json` without a file means stdout, as in other commands; typer has no option whose value may be left out."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse what was given."""
+        following = [*args[1:], "--"]
+        given: list[str] = []
+        for word, after in zip(args, following, strict=True):
+            given.append(word)
+            if word == "--json" and after.startswith("-") and after != str(STDOUT):
+                given.append(str(STDOUT))
+        return super().parse_args(ctx, given)
 
 
 @dataclass(frozen=True)
@@ -91,7 +106,9 @@ def bench(
         Dtype, typer.Option(help="Of weights and caches; auto is float32 on a CPU, else bfloat16.")
     ] = Dtype.float32,
     seed: Annotated[int, typer.Option(min=0, help="Of the weights.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Gets everything as JSON; - is stdout.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Gets everything as JSON; - or no file is stdout.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Gets a picture, as .png, .svg or .pdf.")] = None,
 ) -> None:
     """Time prefill, its stages, and decoding of compressed caches; every ratio is taken inside one run."""

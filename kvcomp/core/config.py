@@ -158,11 +158,19 @@ def _override(document: dict[str, Any], path: str, value: Any, faults: list[str]
         document[kind] = with_field(kind, part, field, value)
 
 
+def _meant(key: str, fields: Mapping[str, Any]) -> str:
+    """Return a hint for a key that is none: the field of a part that has this name, or keys like it."""
+    owners = [kind for kind, part in fields.items() if isinstance(part, Part) and key in type(part).model_fields]
+    if owners:
+        return f"Did you mean {' or '.join(repr(f'{kind}.{key}') for kind in owners)}?"
+    return suggest(key, (*PART_KEYS, *SETTING_KEYS))
+
+
 def _build(document: dict[str, Any], faults: list[str], label: str) -> Strategy:
-    for key in document.keys() - {*PART_KEYS, *SETTING_KEYS}:
-        faults.append(f"{key}: no such key. {suggest(key, (*PART_KEYS, *SETTING_KEYS))}")
     part_faults: list[str] = []
     fields: dict[str, Any] = {kind: _part(kind, document, part_faults) for kind in PART_KEYS}
+    for key in document.keys() - {*PART_KEYS, *SETTING_KEYS}:
+        faults.append(f"{key}: no such key. {_meant(key, fields)}")
     trigger = _trigger(document.get("trigger", PREFILL_END), faults)
     turns = _choice(document, "turns", ("recompress", "append"), faults)
     if not part_faults:

@@ -44,6 +44,11 @@ def _without_effect(strategy: Strategy) -> Iterator[str]:
             f"recipe {strategy.name!r} has no selector, so it compresses nothing while tokens are decoded and ignores "
             f"the trigger {strategy.trigger}"
         )
+    if strategy.mass_preserving:
+        yield (
+            f"recipe {strategy.name!r} has no selector, so every slot stands for one token and mass_preserving changes "
+            "nothing"
+        )
     for part in strategy.parts:
         if part not in working(strategy.parts) and not _is_default(part):
             yield (

@@ -34,6 +34,11 @@ def check_incoming(inputs: Mapping[str, Any], rows: int | None, seen: int, *, sh
     if given is None:
         return
     batch, new = given.shape[:2]
+    if not new and seen:
+        raise UnsupportedUseError(
+            f"a later prompt must hold the whole conversation and more, and this one has no token beyond the {seen} "
+            "that the cache has seen; a cache belongs to one conversation, so use a new one for another prompt"
+        )
     if not new:
         raise InputError(f"a prompt must have at least one token, got inputs of shape {tuple(given.shape)}")
     if shared and rows is not None and new > 1:

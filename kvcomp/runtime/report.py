@@ -130,7 +130,7 @@ def report_layer(number: int, layer: CompressedCacheLayer) -> LayerReport:
         return LayerReport(number, (), (), (), (), (), 0, 0)
     tokens = layer.tokens + layer.tail
     slots = table.valid.sum(dim=-1).double().mean(dim=-1).cpu()
-    kept_or_merged = table.counts.double().sum(dim=-1).mean(dim=-1).cpu()
+    kept_or_merged = table.counts.double().sum(dim=-1).mean(dim=-1).cpu().minimum(tokens)  # counts are rounded sums
     return LayerReport(
         layer=number,
         slots=_floats(slots),

@@ -58,6 +58,7 @@ from kvcomp_strategies.scorers.text_first import TextFirst
 from kvcomp_strategies.scorers.value_norm import ValueNorm
 from kvcomp_strategies.scorers.window_attention import WindowAttention
 from kvcomp_strategies.selectors.adjacent_clusters import AdjacentClusters
+from kvcomp_strategies.selectors.sinks_and_recent import SinksAndRecent
 from kvcomp_strategies.selectors.top_k import TopK
 from kvcomp_strategies.stores.dense import Dense
 from kvcomp_strategies.stores.layer_paired import LayerPairedStore
@@ -93,6 +94,7 @@ PARTS: tuple[type[Part], ...] = (
     KeyNorm,
     KeyDiversity,
     EarlyLayer,
+    SinksAndRecent,
     TopK,
     AdjacentClusters,
     NoMatch,

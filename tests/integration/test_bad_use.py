@@ -215,6 +215,16 @@ def test_nothing_is_no_model():
         kvcomp.attach(None)
 
 
+def test_a_prompt_no_longer_than_what_the_cache_has_seen_is_said_to_be_another():
+    model = tiny_llama()
+    with kvcomp.compress(model, "snapkv", budget=0.5) as cache, torch.no_grad():
+        generate(model, text_inputs(30), cache)
+        with pytest.raises(
+            kvcomp.UnsupportedUseError, match=r"no token beyond the \d+ that the cache has seen; .* use a new one"
+        ):
+            generate(model, text_inputs(12, seed=1), cache)
+
+
 @pytest.mark.parametrize("way", ["forward", "generate"])
 @pytest.mark.parametrize("build", [tiny_llama, tiny_qwen_vl])
 def test_an_empty_prompt_is_refused(build, way):

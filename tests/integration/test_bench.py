@@ -48,9 +48,10 @@ def test_a_quick_run_is_a_table_a_file_and_a_picture(shape, tmp_path):
     assert (tmp_path / "b.png").stat().st_size > 1000
 
 
-def test_stdout_is_one_document_where_it_is_asked_for(shape):
+@pytest.mark.parametrize("asked", [("--json", "-"), ("--json",), ("--json", "--seed", 1)], ids=str)
+def test_stdout_is_one_document_where_it_is_asked_for(shape, asked):
     options = ("--shape", shape, "--quick", "--prompt-lengths", 16, "--strategies", "full", "--repeats", 1)
-    result = call(*options, "--decode", 1, "--budgets", "0.5,0.2", "--no-throughput", "--json", "-")
+    result = call(*options, "--decode", 1, "--budgets", "0.5,0.2", "--no-throughput", *asked)
     document = json.loads(result.stdout)
     assert [entry["case"] for entry in document["found"]] == ["DynamicCache", "full"]
     assert {entry["throughput"] for entry in document["found"]} == {None}

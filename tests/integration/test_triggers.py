@@ -87,6 +87,16 @@ def test_every_recipe_that_can_decodes_within_its_budget(recipe: str, trigger: o
     assert (cache.layers[0].indices[:, :, -1] >= 0).any()
 
 
+def test_many_roundings_of_merged_counts_never_say_that_less_than_nothing_was_evicted() -> None:
+    """CaM shares every token that leaves in equal parts, which float32 does not hold exactly."""
+    model = tiny_llama()
+    with kvcomp.compress(model, "cam", budget=0.5, trigger="over-budget") as cache:
+        generate(model, text_inputs(60), cache, 120)
+    for layer in cache.report().layers:
+        assert layer.evicted[0] >= 0
+        assert layer.slots[0] + layer.merged[0] + layer.evicted[0] == pytest.approx(layer.tokens[0])
+
+
 @pytest.mark.parametrize("trigger", TRIGGERS, ids=str)
 @pytest.mark.parametrize("recipe", ["flowmm", "h2o", "streaming-llm"])
 def test_a_budget_of_one_is_the_stock_cache_under_any_trigger(recipe: str, trigger: object) -> None:

@@ -155,6 +155,14 @@ def test_settings_are_overrides_too() -> None:
     assert strategy.budget == Budget.parse(0.5)
 
 
+def test_a_key_that_is_a_field_of_a_part_is_named_with_its_part() -> None:
+    """A field of two parts with both; one of no part that is there as any other key."""
+    assert faults("flowmm", quantile=0.5) == ("quantile: no such key. Did you mean 'matcher.quantile'?",)
+    both = ("threshold: no such key. Did you mean 'policy.threshold' or 'matcher.threshold'?",)
+    assert faults("flowmm", threshold=0.3) == both
+    assert "Did you mean" not in faults("h2o", quantile=0.5)[0]
+
+
 def test_a_missing_part_has_no_field_to_change() -> None:
     assert faults("full", **{"scorer.sinks": 2}) == ("scorer.sinks: this strategy has no scorer to change",)
 

@@ -20,6 +20,7 @@ IGNORED = {
     "a matcher": ({"base": "kivi", "matcher": "nearest"}, "so its matcher 'nearest' does nothing"),
     "a merger": ({"base": "kivi", "merger": "mean"}, "so its merger 'mean' does nothing"),
     "a policy that rules nothing": ({**EVICTING, "policy": "flow-guided"}, "its policy 'flow-guided' measures rho and"),
+    "mass of what stays": ({"base": "kivi", "mass_preserving": True}, "has no selector, so every slot stands for one"),
     "mass": ({**EVICTING, "mass_preserving": True}, "stands for one token and mass_preserving changes nothing"),
 }
 
