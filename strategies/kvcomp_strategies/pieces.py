@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from kvcomp_strategies.quantization import (
     Quantized,
     dequantize,
     finite,
+    in_one,
     limited_,
     low_rank,
     outlier_pairs,
@@ -30,6 +32,7 @@ from kvcomp_strategies.quantization import (
 )
 
 Tree = TypeVar("Tree")
+AHEAD = 16  # tokens that are coded in one call where one after the other is due
 
 
 HELD: dict[str, type] = {}  # what a file may hold, by name
@@ -48,6 +51,11 @@ class Piece(ABC):
     @abstractmethod
     def tokens(self) -> int:
         """Return the number of tokens."""
+
+    @property
+    @abstractmethod
+    def heads(self) -> int:
+        """Return the number of heads."""
 
     @abstractmethod
     def room(self, tokens: int) -> Tensor:
@@ -73,6 +81,11 @@ class Plain(Piece):
     def tokens(self) -> int:
         """Return the number of tokens."""
         return self.numbers.shape[1]
+
+    @property
+    def heads(self) -> int:
+        """Return the number of heads."""
+        return self.numbers.shape[0]
 
     def room(self, tokens: int) -> Tensor:
         """Return memory for tokens of these heads."""
@@ -101,6 +114,11 @@ class Code:
     rank: int = 0
     outliers: float = 0.0
 
+    @property
+    def by_token(self) -> bool:
+        """Return whether the code of a token is the same whatever is coded with it."""
+        return self.axis == CHANNELS and not self.rank and not self.outliers
+
     def nbytes(self, tokens: Tensor, dim: int, itemsize: int) -> Tensor:
         """Return the bytes of one head's tokens, of the shape of `tokens` (int64)."""
         groups = -(-tokens // self.group) * dim if self.axis == TOKENS else tokens * -(-dim // self.group)
@@ -118,7 +136,8 @@ class Coded(Piece):
     """Quantized tokens, with the outliers and the low-rank correction of GEAR where there are any.
 
     `left` `(heads, tokens, rank)` and `right` `(heads, rank, dim)` multiply to the correction; `balance`
-    `(heads, 1, dim)` float32 divides what was read.
+    `(heads, 1, dim)` float32 divides what was read. The last `ahead` tokens were coded ahead of time and are not there
+    yet: they are still held as they are, by the plain piece that follows.
     """
 
     quantized: Quantized
@@ -126,6 +145,7 @@ class Coded(Piece):
     left: Tensor | None = None
     right: Tensor | None = None
     balance: Tensor | None = None
+    ahead: int = 0
 
     @classmethod
     def of(cls, numbers: Tensor, code: Code, balance: Tensor | None = None) -> Coded:
@@ -142,15 +162,30 @@ class Coded(Piece):
     @property
     def tokens(self) -> int:
         """Return the number of tokens."""
-        return self.quantized.codes.shape[1]
+        return self.quantized.codes.shape[1] - self.ahead
+
+    @property
+    def shown(self) -> Quantized:
+        """Return the codes of the tokens."""
+        return self.quantized.first(self.tokens) if self.ahead else self.quantized
+
+    @property
+    def heads(self) -> int:
+        """Return the number of heads."""
+        return self.quantized.codes.shape[0]
 
     def room(self, tokens: int) -> Tensor:
         """Return memory for tokens of these heads."""
         return self.quantized.scale.new_empty(self.quantized.codes.shape[0], tokens, self.quantized.dim)
 
+    @property
+    def plain(self) -> bool:
+        """Return whether codes are all there is, but for a balance."""
+        return self.outliers is None and self.left is None
+
     def approximation(self, out: Tensor | None = None) -> Tensor:
         """Return the balanced numbers in float32, in `out` where it is given; outliers are exact."""
-        numbers = dequantize(self.quantized, out)
+        numbers = dequantize(self.shown, out)
         if self.left is not None and self.right is not None:
             numbers += self.left.float() @ self.right.float()
         return numbers if self.outliers is None else self.outliers.put_back_(numbers)
@@ -172,9 +207,19 @@ class Coded(Piece):
             numbers /= self.balance
         return limited_(numbers, self.quantized.scale.dtype)
 
+    def split(self, heads: Sequence[int], balances: Sequence[Tensor | None]) -> list[Coded]:
+        """Return views of so many heads each, with balances that stand for their part of this one's."""
+        assert self.plain
+        whole = self.quantized
+        parts = [torch.split_with_sizes(tensor, list(heads)) for tensor in (whole.codes, whole.scale, whole.zero)]
+        return [
+            Coded(dataclasses.replace(whole, codes=codes, scale=scale, zero=zero), balance=balance)
+            for codes, scale, zero, balance in zip(*parts, balances, strict=True)
+        ]
+
     def joined(self, other: Piece) -> Coded | None:
         """Return both as one piece, None where that would change the groups or what the pieces share."""
-        if not isinstance(other, Coded) or other.balance is not self.balance:
+        if not isinstance(other, Coded) or other.balance is not self.balance or self.ahead:
             return None
         one, two = self.quantized, other.quantized
         extras = (self.outliers, self.left, other.outliers, other.left)
@@ -185,7 +230,7 @@ class Coded(Piece):
         pairs = ((one.codes, two.codes), (one.scale, two.scale), (one.zero, two.zero))
         codes, scale, zero = (torch.cat(pair, dim=1) for pair in pairs)
         joined = Quantized(codes, scale, zero, one.bits, one.group, one.axis, one.dim)
-        return Coded(joined, balance=self.balance)
+        return Coded(joined, balance=self.balance, ahead=other.ahead)
 
 
 @held
@@ -206,6 +251,11 @@ class Tiered(Piece):
     def tokens(self) -> int:
         """Return the number of tokens."""
         return self.high.tokens + self.low.tokens
+
+    @property
+    def heads(self) -> int:
+        """Return the number of heads."""
+        return self.tier.shape[0]
 
     def room(self, tokens: int) -> Tensor:
         """Return memory for tokens of these heads."""
@@ -228,17 +278,94 @@ def packed_tier(tier: Tensor) -> Tensor:
     return pack(tier.to(torch.uint8), 1)
 
 
-def cut(pieces: tuple[Piece, ...], count: int, encode: Callable[[Tensor], Piece]) -> tuple[Piece, ...]:
-    """Return the pieces with the first `count` tokens of the plain one at their end encoded, joined where possible.
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """How many tokens of the plain piece at the end of some pieces are to be read as codes from now on.
 
-    The rest of the plain one is a view of what it was, which `extended` copies.
+    Attributes:
+        pieces: the last one of them plain.
+        count: tokens of it, the first ones; 0 for none.
+        code: how they are coded.
+        balance: `(heads, 1, dim)` float32, or None.
     """
-    *before, last = pieces
-    assert isinstance(last, Plain)
-    piece = encode(last.numbers[:, :count])
-    joined = before[-1].joined(piece) if before and isinstance(before[-1], Coded) else None
-    before = [*before, piece] if joined is None else [*before[:-1], joined]
-    return (*before, Plain(last.numbers[:, count:]))
+
+    pieces: tuple[Piece, ...]
+    count: int
+    code: Code
+    balance: Tensor | None = None
+
+    @property
+    def plain(self) -> Tensor:
+        """Return what is plain, `(heads, tokens, dim)`."""
+        last = self.pieces[-1]
+        assert isinstance(last, Plain)
+        return last.numbers
+
+    @property
+    def coded(self) -> int:
+        """Return how many tokens are coded in one call: some ahead of time, where that gives the same codes."""
+        return max(self.count, min(AHEAD, self.plain.shape[1])) if self.code.by_token else self.count
+
+    def known(self) -> tuple[Piece, ...] | None:
+        """Return the pieces after the cut where the tokens were coded ahead of time, else None."""
+        before = self.pieces[-2] if len(self.pieces) > 1 else None
+        if not isinstance(before, Coded) or before.ahead < self.count:
+            return None
+        return (*self.pieces[:-2], dataclasses.replace(before, ahead=before.ahead - self.count), self._rest())
+
+    def done(self, piece: Coded) -> tuple[Piece, ...]:
+        """Return the pieces after the cut, given the code of `coded` tokens; joined where possible."""
+        piece = dataclasses.replace(piece, ahead=self.coded - self.count)
+        before = without_ahead(self.pieces[:-1])
+        joined = before[-1].joined(piece) if before and isinstance(before[-1], Coded) else None
+        if joined is None:
+            return (*before, mapped(piece, owned), self._rest())
+        return (*before[:-1], joined, self._rest())
+
+    def _rest(self) -> Plain:
+        """Return what stays plain: a view of what it was, which `extended` copies."""
+        return Plain(self.plain[:, self.count :])
+
+
+def cut_all(cuts: Sequence[Cut]) -> list[tuple[Piece, ...]]:
+    """Return the pieces of each cut after it. Heads that are coded alike are coded in one call."""
+    after = [one.pieces for one in cuts]
+    alike: dict[object, list[int]] = defaultdict(list)
+    for place, one in enumerate(cuts):
+        if one.count <= 0:
+            continue
+        if (known := one.known()) is not None:
+            after[place] = known
+        else:  # sums over the tokens of a head depend on how many heads there are
+            alone = one.code.rank or one.code.outliers
+            alike[place if alone else (one.coded, one.code, one.balance is None)].append(place)
+    for places in alike.values():
+        for place, piece in zip(places, _coded([cuts[place] for place in places]), strict=True):
+            after[place] = cuts[place].done(piece)
+    return after
+
+
+def _coded(cuts: Sequence[Cut]) -> list[Coded]:
+    """Return the code of each cut; of several, views of one."""
+    old = [one.plain[:, : one.coded] for one in cuts]
+    if len(cuts) == 1:
+        return [Coded.of(old[0], cuts[0].code, cuts[0].balance)]
+    balances = [one.balance for one in cuts if one.balance is not None]
+    whole = Coded.of(torch.cat(old), cuts[0].code, torch.cat(balances) if balances else None)
+    return whole.split([len(numbers) for numbers in old], [one.balance for one in cuts])
+
+
+def without_ahead(pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
+    """Return the pieces without what the last of them holds ahead of time."""
+    if not pieces or not isinstance(last := pieces[-1], Coded) or not last.ahead:
+        return pieces
+    return (*pieces[:-1], dataclasses.replace(last, quantized=mapped(last.shown, owned), ahead=0))
+
+
+def plain_tokens(pieces: tuple[Piece, ...]) -> int:
+    """Return how many tokens at the end are held as they are."""
+    last = pieces[-1]
+    return last.tokens if isinstance(last, Plain) else 0
 
 
 def extended(pieces: tuple[Piece, ...], numbers: Tensor) -> tuple[Piece, ...]:
@@ -250,10 +377,10 @@ def extended(pieces: tuple[Piece, ...], numbers: Tensor) -> tuple[Piece, ...]:
 
 def shortened(pieces: tuple[Piece, ...], count: int) -> tuple[Piece, ...]:
     """Return the pieces without the last `count` tokens, all of the plain one at their end, which may be left empty."""
-    *before, last = pieces
+    last = pieces[-1]
     assert isinstance(last, Plain)
     assert last.tokens >= count
-    return (*before, Plain(owned(last.numbers[:, : last.tokens - count])))
+    return (*without_ahead(pieces[:-1]), Plain(owned(last.numbers[:, : last.tokens - count])))
 
 
 def read_all(pieces: tuple[Piece, ...]) -> Tensor:
@@ -265,6 +392,22 @@ def read_all(pieces: tuple[Piece, ...]) -> Tensor:
     for piece, part in zip(pieces, torch.split_with_sizes(numbers, lengths, dim=1), strict=True):
         piece.read_into(part)
     return numbers
+
+
+def read_together(pieces: Sequence[Coded]) -> tuple[Tensor, list[int]]:
+    """Return the tokens of several codes of one kind, `plain` ones, one head after the other, `(rows, dim)`, and how
+    far apart the heads of each are: further than it has tokens where its last group is not full.
+    """
+    joined, strides = in_one([piece.shown for piece in pieces])
+    numbers = dequantize(joined)
+    if any(piece.balance is not None for piece in pieces):
+        rows = torch.split_with_sizes(
+            numbers, [stride * one.heads for stride, one in zip(strides, pieces, strict=True)]
+        )
+        for piece, part in zip(pieces, rows, strict=True):
+            if piece.balance is not None:
+                part.view(piece.heads, -1, joined.dim).div_(piece.balance)
+    return limited_(numbers, joined.scale.dtype).to(joined.scale.dtype), strides
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
