@@ -264,13 +264,21 @@ class Tiered(Piece):
     def read(self) -> Tensor:
         """Return the tokens of both kinds in their order."""
         numbers = torch.cat([self.high.read(), self.low.read()], dim=1)
-        order = high_first(unpack(self.tier, 1, self.tokens))
-        return torch.empty_like(numbers).scatter_(1, order[..., None].expand_as(numbers), numbers)
+        places = once_high_first(unpack(self.tier, 1, self.tokens))
+        places += torch.arange(0, places.numel(), self.tokens, device=places.device)[:, None]
+        return numbers.flatten(0, 1).index_select(0, places.flatten()).view(numbers.shape)
 
 
 def high_first(tier: Tensor) -> Tensor:
     """Return `(heads, tokens)` int64: the places of the high tokens, then those of the low ones, each ascending."""
     return (1 - tier).argsort(dim=-1, stable=True)
+
+
+def once_high_first(tier: Tensor) -> Tensor:
+    """Return `(heads, tokens)` int64: where each token stands in `high_first`, whose inverse this is."""
+    high = tier.long().cumsum(dim=-1)
+    low = high[:, -1:] + torch.arange(tier.shape[1], device=tier.device) - high
+    return torch.where(tier.bool(), high - 1, low)
 
 
 def packed_tier(tier: Tensor) -> Tensor:

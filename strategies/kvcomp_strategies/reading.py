@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvcomp_strategies.pieces import Coded, Piece, read_together
+from kvcomp_strategies.pieces import Coded, Piece, Tiered, once_high_first, read_together
+from kvcomp_strategies.quantization import unpack
 
 
 class Block(NamedTuple):
@@ -44,10 +45,32 @@ def laid_out(runs: Sequence[tuple[tuple[int, ...], int, tuple[Piece, ...]]], lay
         runs: of each the heads, how many of its slots come before what was appended, and its pieces.
         layout: of the result.
     """
-    rows, blocks = _rows([piece for _, _, pieces in runs for piece in pieces])
+    leaves = [_leaves(pieces) for _, _, pieces in runs]
+    rows, blocks = _rows([leaf for held in leaves for leaf in held])
     standing = iter(blocks)
-    placed = tuple(Placed(heads, replaced, tuple(next(standing) for _ in pieces)) for heads, replaced, pieces in runs)
-    return rows.index_select(0, _index(placed, layout, rows.device)).view(layout.heads, -1, rows.shape[-1])
+    placed = tuple(
+        Placed(heads, replaced, tuple(next(standing) for _ in held))
+        for (heads, replaced, _), held in zip(runs, leaves, strict=True)
+    )
+    index = _index(placed, layout, rows.device)
+    tiers = [(heads, pieces[0]) for heads, _, pieces in runs if isinstance(pieces[0], Tiered)]
+    if tiers:
+        index = index.view(layout.heads, -1).gather(1, _places(tiers, layout, index)).flatten()
+    return rows.index_select(0, index).view(layout.heads, -1, rows.shape[-1])
+
+
+def _leaves(pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
+    """Return the pieces, the two kinds of a tiered one in the first place by themselves."""
+    first = pieces[0]
+    return (first.high, first.low, *pieces[1:]) if isinstance(first, Tiered) else pieces
+
+
+def _places(tiers: Sequence[tuple[tuple[int, ...], Tiered]], layout: Layout, like: Tensor) -> Tensor:
+    """Return where each slot stands once the high ones of its head come first, `(heads, slots)` int64."""
+    tier = like.new_zeros(layout.heads, layout.replaced + layout.appended)
+    for heads, piece in tiers:
+        tier[list(heads), : piece.tokens] = unpack(piece.tier, 1, piece.tokens).long()
+    return once_high_first(tier)
 
 
 def _rows(pieces: Sequence[Piece]) -> tuple[Tensor, list[Block]]:
