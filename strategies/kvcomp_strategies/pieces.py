@@ -185,7 +185,10 @@ class Coded(Piece):
 
     def approximation(self, out: Tensor | None = None) -> Tensor:
         """Return the balanced numbers in float32, in `out` where it is given; outliers are exact."""
-        numbers = dequantize(self.shown, out)
+        return self.corrected_(dequantize(self.shown, out))
+
+    def corrected_(self, numbers: Tensor) -> Tensor:
+        """Return `(heads, tokens, dim)`, what the codes stand for, corrected and with outliers put back, in place."""
         if self.left is not None and self.right is not None:
             numbers += self.left.float() @ self.right.float()
         return numbers if self.outliers is None else self.outliers.put_back_(numbers)
@@ -403,18 +406,19 @@ def read_all(pieces: tuple[Piece, ...]) -> Tensor:
 
 
 def read_together(pieces: Sequence[Coded]) -> tuple[Tensor, list[int]]:
-    """Return the tokens of several codes of one kind, `plain` ones, one head after the other, `(rows, dim)`, and how
-    far apart the heads of each are: further than it has tokens where its last group is not full.
+    """Return the tokens of several codes of one kind, one head after the other, `(rows, dim)`, and how far apart the
+    heads of each are: further than it has tokens where its last group is not full.
     """
     joined, strides = in_one([piece.shown for piece in pieces])
     numbers = dequantize(joined)
-    if any(piece.balance is not None for piece in pieces):
+    if any(piece.balance is not None or not piece.plain for piece in pieces):
         rows = torch.split_with_sizes(
             numbers, [stride * one.heads for stride, one in zip(strides, pieces, strict=True)]
         )
         for piece, part in zip(pieces, rows, strict=True):
+            own = piece.corrected_(part.view(piece.heads, -1, joined.dim)[:, : piece.tokens])
             if piece.balance is not None:
-                part.view(piece.heads, -1, joined.dim).div_(piece.balance)
+                own.div_(piece.balance)
     return limited_(numbers, joined.scale.dtype).to(joined.scale.dtype), strides
 
 

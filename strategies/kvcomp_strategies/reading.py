@@ -79,7 +79,7 @@ def _rows(pieces: Sequence[Piece]) -> tuple[Tensor, list[Block]]:
     blocks = [Block(0, 0, 0)] * len(pieces)
     alike: dict[object, list[int]] = defaultdict(list)
     for place, piece in enumerate(pieces):
-        if isinstance(piece, Coded) and piece.plain:
+        if isinstance(piece, Coded):
             alike[piece.quantized.kind].append(place)
             continue
         numbers = piece.read()
