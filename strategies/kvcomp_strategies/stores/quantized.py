@@ -44,7 +44,8 @@ class QuantizedStore(CodedStore, use="quantized"):
     the keys, and `group` channels of one value, share a scale and a zero. Of the keys the last `slots mod residual`
     stay as they are, and are coded together when there are `residual` of them; of the values the last `residual` stay,
     and the oldest of these is coded with every new one. Codes are packed, `8 / bits` to a byte; scale and zero have
-    the dtype of the cache. With `rank` and `outliers` this is GEAR (arXiv:2403.05527; opengear-project/GEAR,
+    the dtype of the cache. Up to 16 values are coded in one call, ahead of the step from which they are read as codes;
+    `nbytes` counts these. With `rank` and `outliers` this is GEAR (arXiv:2403.05527; opengear-project/GEAR,
     `GEARLM/Simulated/compress_function.py`): the extremes of every vector are kept, and the error is corrected by a
     product of two thin matrices per head, fitted to the error after the outliers are back.
 
