@@ -15,20 +15,8 @@ from torch import Tensor
 from kvcomp.core.interfaces import Store
 from kvcomp.core.storage import SlotStorage
 from kvcomp.core.types import Guide, SlotForm
-from kvcomp_strategies.pieces import (
-    Piece,
-    Plain,
-    extended,
-    flat,
-    grown,
-    held,
-    mapped,
-    owned,
-    plain_tokens,
-    read_all,
-    shortened,
-    tensors,
-)
+from kvcomp_strategies.cutting import extended, plain_tokens, shortened
+from kvcomp_strategies.pieces import Piece, Plain, flat, grown, held, mapped, owned, read_all, tensors
 from kvcomp_strategies.reading import Layout, laid_out
 
 ANEW = "what it holds would be coded anew each time, and each time with another error"

@@ -4,7 +4,7 @@ import kvcomp_strategies.stores.quantized as quantized
 import pytest
 import torch
 from inference import COMPRESSING, SHRINKING, generate, generate_compressed, generate_stock, left_padded, quiet_prefill
-from kvcomp_strategies.pieces import AHEAD
+from kvcomp_strategies.cutting import AHEAD
 from kvcomp_strategies.quantization import CHANNELS, TOKENS
 from models import image_inputs, text_inputs, tiny_llama, tiny_qwen_vl
 

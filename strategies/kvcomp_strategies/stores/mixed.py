@@ -15,21 +15,9 @@ from torch import Tensor
 from kvcomp.core.interfaces import Observation
 from kvcomp.core.types import Guide, SlotForm
 from kvcomp_strategies.coding import CodedStore, Heads, Run
+from kvcomp_strategies.cutting import Cut, cut_all, plain_tokens
 from kvcomp_strategies.observations.query_peaks import QueryPeaks
-from kvcomp_strategies.pieces import (
-    Code,
-    Coded,
-    Cut,
-    Piece,
-    Plain,
-    Tiered,
-    cut_all,
-    held,
-    high_first,
-    owned,
-    packed_tier,
-    plain_tokens,
-)
+from kvcomp_strategies.pieces import Code, Coded, Piece, Plain, Tiered, held, high_first, owned, packed_tier
 from kvcomp_strategies.quantization import CHANNELS
 
 FITTED_BITS = (4, 2)  # of what is not important, where the bytes decide

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kvcomp.core.types import SlotForm
 from kvcomp_strategies.coding import CodedStore, Heads, Run
-from kvcomp_strategies.pieces import Code, Coded, Cut, Piece, Plain, cut_all, held, owned, plain_tokens
+from kvcomp_strategies.cutting import Cut, cut_all, plain_tokens
+from kvcomp_strategies.pieces import Code, Coded, Piece, Plain, held, owned
 from kvcomp_strategies.quantization import CHANNELS, TOKENS
 
 FITTED_BITS = (8, 4, 2)  # what is tried where the bytes decide, the most precise first

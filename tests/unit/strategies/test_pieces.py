@@ -6,22 +6,8 @@ import json
 
 import pytest
 import torch
-from kvcomp_strategies.pieces import (
-    Code,
-    Coded,
-    Cut,
-    Piece,
-    Plain,
-    Tiered,
-    cut_all,
-    extended,
-    flat,
-    grown,
-    mapped,
-    packed_tier,
-    read_all,
-    shortened,
-)
+from kvcomp_strategies.cutting import Cut, cut_all, extended, shortened
+from kvcomp_strategies.pieces import Code, Coded, Piece, Plain, Tiered, flat, grown, mapped, packed_tier, read_all
 from kvcomp_strategies.pieces import tensors as tensors_of
 from kvcomp_strategies.quantization import CHANNELS, TOKENS
 
