@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
@@ -14,19 +15,9 @@ from torch import Tensor
 from kvcomp.core.interfaces import Store
 from kvcomp.core.storage import SlotStorage
 from kvcomp.core.types import Guide, SlotForm
-from kvcomp_strategies.pieces import (
-    Piece,
-    Plain,
-    extended,
-    flat,
-    grown,
-    held,
-    mapped,
-    owned,
-    read_all,
-    shortened,
-    tensors,
-)
+from kvcomp_strategies.cutting import extended, plain_tokens, shortened
+from kvcomp_strategies.pieces import Piece, Plain, flat, grown, held, mapped, owned, read_all, tensors
+from kvcomp_strategies.reading import Layout, laid_out
 
 ANEW = "what it holds would be coded anew each time, and each time with another error"
 
@@ -52,14 +43,12 @@ class Run:
     @property
     def plain(self) -> tuple[int, int]:
         """Return how many keys and values at the end are held as they are."""
-        last = self.keys[-1], self.values[-1]
-        keys, values = (piece.tokens if isinstance(piece, Plain) else 0 for piece in last)
-        return keys, values
+        return plain_tokens(self.keys), plain_tokens(self.values)
 
-    def places(self, device: torch.device) -> Tensor | slice:
-        """Return what picks these heads: a slice where they follow each other, as those of one row do."""
-        first, last = int(self.heads[0]), int(self.heads[-1])
-        return slice(first, last + 1) if last - first + 1 == len(self.heads) else self.heads.to(device)
+    @cached_property
+    def places(self) -> tuple[int, ...]:
+        """Return the heads as numbers."""
+        return tuple(self.heads.tolist())
 
 
 @held
@@ -106,8 +95,8 @@ class Coder(Protocol):
     def encode(self, heads: Heads, setting: Any) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
         """Return the pieces of keys and of values."""
 
-    def settle(self, run: Run) -> Run:
-        """Return the run with what is no longer recent coded."""
+    def settle(self, runs: Sequence[Run]) -> Sequence[Run]:
+        """Return runs that have settings with what is no longer recent coded."""
 
 
 class CodedStorage(SlotStorage):
@@ -146,8 +135,12 @@ class CodedStorage(SlotStorage):
         if not self._slots.runs:
             run = Run(torch.arange(batch * kv_heads), (), (), 0)
             self._slots = Slots((run,), batch, kv_heads)
-        added = [self._added(run, keys.flatten(0, 1), values.flatten(0, 1)) for run in self._slots.runs]
-        self._slots = replace(self._slots, runs=tuple(added), appended=self._slots.appended + new)
+        runs = self._settled()
+        parts = zip(runs, _shared_out(keys, runs), _shared_out(values, runs), strict=True)
+        added = tuple(
+            replace(run, keys=extended(run.keys, key), values=extended(run.values, value)) for run, key, value in parts
+        )
+        self._slots = replace(self._slots, runs=added, appended=self._slots.appended + new)
 
     def removable(self) -> int:
         """Return how many slots at the end are held as they came: slots of every head that were appended and are not
@@ -177,8 +170,7 @@ class CodedStorage(SlotStorage):
     def read(self) -> tuple[Tensor, Tensor]:
         """Return what the codes stand for, and what is held as it is."""
         runs = self._slots.runs
-        keys = self._laid_out([read_all(run.keys) for run in runs])
-        return keys, self._laid_out([read_all(run.values) for run in runs])
+        return self._laid_out([run.keys for run in runs]), self._laid_out([run.values for run in runs])
 
     def select(self, rows: Tensor) -> None:
         """Hold these rows, their codes unchanged."""
@@ -249,23 +241,21 @@ class CodedStorage(SlotStorage):
             return Run(heads, keys, (Plain(owned(chosen.values)),), length, setting)
         return Run(heads, *self._coder.encode(chosen, setting), length, setting)
 
-    def _added(self, run: Run, keys: Tensor, values: Tensor) -> Run:
-        run = run if run.setting is None else self._coder.settle(run)
-        places = run.places(keys.device)
-        return replace(run, keys=extended(run.keys, keys[places]), values=extended(run.values, values[places]))
+    def _settled(self) -> Sequence[Run]:
+        """Return the runs with what is no longer recent coded."""
+        runs = self._slots.runs
+        settled = iter(self._coder.settle([run for run in runs if run.setting is not None]))
+        return [run if run.setting is None else next(settled) for run in runs]
 
-    def _laid_out(self, parts: list[Tensor]) -> Tensor:
+    def _laid_out(self, pieces: Sequence[tuple[Piece, ...]]) -> Tensor:
         """Return the slots of all runs on one axis, `(batch, kv_heads, slots, dim)`, zeros where a head has none."""
         held = self._slots
-        shape = (held.batch, held.kv_heads, held.replaced + held.appended, parts[0].shape[-1])
-        if len(parts) == 1 and held.runs[0].replaced == held.replaced:
-            return parts[0].view(shape)
-        slots = parts[0].new_zeros(shape).flatten(0, 1)
-        for run, part in zip(held.runs, parts, strict=True):
-            places = run.places(slots.device)
-            slots[places, : run.replaced] = part[:, : run.replaced]
-            slots[places, held.replaced :] = part[:, run.replaced :]
-        return slots.view(shape)
+        if len(held.runs) == 1 and held.runs[0].replaced == held.replaced:
+            slots = read_all(pieces[0])
+        else:
+            runs = [(run.places, run.replaced, parts) for run, parts in zip(held.runs, pieces, strict=True)]
+            slots = laid_out(runs, Layout(held.batch * held.kv_heads, held.replaced, held.appended))
+        return slots.view(held.batch, held.kv_heads, *slots.shape[1:])
 
 
 def _picked(source: Heads, heads: Tensor, length: int) -> Heads:
@@ -282,6 +272,15 @@ def _picked(source: Heads, heads: Tensor, length: int) -> Heads:
 def _heads(numbers: Tensor, heads: Tensor) -> Tensor:
     """Return these heads; all of them without a copy."""
     return numbers if len(heads) == len(numbers) else numbers[heads.to(numbers.device)]
+
+
+def _shared_out(numbers: Tensor, runs: Sequence[Run]) -> Sequence[Tensor]:
+    """Return what is new, `(batch, kv_heads, tokens, dim)`, of the heads of each run."""
+    heads = numbers.flatten(0, 1)
+    if len(runs) == 1:
+        return [heads]
+    order = torch.cat([run.heads for run in runs])
+    return torch.split_with_sizes(heads.index_select(0, order.to(heads.device)), [len(run.heads) for run in runs])
 
 
 def _taken(run: Run, places: Tensor) -> Run | None:
@@ -339,5 +338,5 @@ class CodedStore(Store):
         """See `Coder`."""
 
     @abstractmethod
-    def settle(self, run: Run) -> Run:
+    def settle(self, runs: Sequence[Run]) -> Sequence[Run]:
         """See `Coder`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from kvcomp_strategies.quantization import (
     Quantized,
     dequantize,
     finite,
+    in_one,
     limited_,
     low_rank,
     outlier_pairs,
@@ -49,6 +50,11 @@ class Piece(ABC):
     def tokens(self) -> int:
         """Return the number of tokens."""
 
+    @property
+    @abstractmethod
+    def heads(self) -> int:
+        """Return the number of heads."""
+
     @abstractmethod
     def room(self, tokens: int) -> Tensor:
         """Return memory for tokens of these heads as they came, `(heads, tokens, dim)`, whatever it holds."""
@@ -73,6 +79,11 @@ class Plain(Piece):
     def tokens(self) -> int:
         """Return the number of tokens."""
         return self.numbers.shape[1]
+
+    @property
+    def heads(self) -> int:
+        """Return the number of heads."""
+        return self.numbers.shape[0]
 
     def room(self, tokens: int) -> Tensor:
         """Return memory for tokens of these heads."""
@@ -101,6 +112,11 @@ class Code:
     rank: int = 0
     outliers: float = 0.0
 
+    @property
+    def by_token(self) -> bool:
+        """Return whether the code of a token is the same whatever is coded with it."""
+        return self.axis == CHANNELS and not self.rank and not self.outliers
+
     def nbytes(self, tokens: Tensor, dim: int, itemsize: int) -> Tensor:
         """Return the bytes of one head's tokens, of the shape of `tokens` (int64)."""
         groups = -(-tokens // self.group) * dim if self.axis == TOKENS else tokens * -(-dim // self.group)
@@ -118,7 +134,8 @@ class Coded(Piece):
     """Quantized tokens, with the outliers and the low-rank correction of GEAR where there are any.
 
     `left` `(heads, tokens, rank)` and `right` `(heads, rank, dim)` multiply to the correction; `balance`
-    `(heads, 1, dim)` float32 divides what was read.
+    `(heads, 1, dim)` float32 divides what was read. The last `ahead` tokens were coded ahead of time and are not there
+    yet: they are still held as they are, by the plain piece that follows.
     """
 
     quantized: Quantized
@@ -126,6 +143,7 @@ class Coded(Piece):
     left: Tensor | None = None
     right: Tensor | None = None
     balance: Tensor | None = None
+    ahead: int = 0
 
     @classmethod
     def of(cls, numbers: Tensor, code: Code, balance: Tensor | None = None) -> Coded:
@@ -142,15 +160,33 @@ class Coded(Piece):
     @property
     def tokens(self) -> int:
         """Return the number of tokens."""
-        return self.quantized.codes.shape[1]
+        return self.quantized.codes.shape[1] - self.ahead
+
+    @property
+    def shown(self) -> Quantized:
+        """Return the codes of the tokens."""
+        return self.quantized.first(self.tokens) if self.ahead else self.quantized
+
+    @property
+    def heads(self) -> int:
+        """Return the number of heads."""
+        return self.quantized.codes.shape[0]
 
     def room(self, tokens: int) -> Tensor:
         """Return memory for tokens of these heads."""
         return self.quantized.scale.new_empty(self.quantized.codes.shape[0], tokens, self.quantized.dim)
 
+    @property
+    def plain(self) -> bool:
+        """Return whether codes are all there is, but for a balance."""
+        return self.outliers is None and self.left is None
+
     def approximation(self, out: Tensor | None = None) -> Tensor:
         """Return the balanced numbers in float32, in `out` where it is given; outliers are exact."""
-        numbers = dequantize(self.quantized, out)
+        return self.corrected_(dequantize(self.shown, out))
+
+    def corrected_(self, numbers: Tensor) -> Tensor:
+        """Return `(heads, tokens, dim)`, what the codes stand for, corrected and with outliers put back, in place."""
         if self.left is not None and self.right is not None:
             numbers += self.left.float() @ self.right.float()
         return numbers if self.outliers is None else self.outliers.put_back_(numbers)
@@ -172,9 +208,19 @@ class Coded(Piece):
             numbers /= self.balance
         return limited_(numbers, self.quantized.scale.dtype)
 
+    def split(self, heads: Sequence[int], balances: Sequence[Tensor | None]) -> list[Coded]:
+        """Return views of so many heads each, with balances that stand for their part of this one's."""
+        assert self.plain
+        whole = self.quantized
+        parts = [torch.split_with_sizes(tensor, list(heads)) for tensor in (whole.codes, whole.scale, whole.zero)]
+        return [
+            Coded(dataclasses.replace(whole, codes=codes, scale=scale, zero=zero), balance=balance)
+            for codes, scale, zero, balance in zip(*parts, balances, strict=True)
+        ]
+
     def joined(self, other: Piece) -> Coded | None:
         """Return both as one piece, None where that would change the groups or what the pieces share."""
-        if not isinstance(other, Coded) or other.balance is not self.balance:
+        if not isinstance(other, Coded) or other.balance is not self.balance or self.ahead:
             return None
         one, two = self.quantized, other.quantized
         extras = (self.outliers, self.left, other.outliers, other.left)
@@ -185,7 +231,7 @@ class Coded(Piece):
         pairs = ((one.codes, two.codes), (one.scale, two.scale), (one.zero, two.zero))
         codes, scale, zero = (torch.cat(pair, dim=1) for pair in pairs)
         joined = Quantized(codes, scale, zero, one.bits, one.group, one.axis, one.dim)
-        return Coded(joined, balance=self.balance)
+        return Coded(joined, balance=self.balance, ahead=other.ahead)
 
 
 @held
@@ -207,6 +253,11 @@ class Tiered(Piece):
         """Return the number of tokens."""
         return self.high.tokens + self.low.tokens
 
+    @property
+    def heads(self) -> int:
+        """Return the number of heads."""
+        return self.tier.shape[0]
+
     def room(self, tokens: int) -> Tensor:
         """Return memory for tokens of these heads."""
         return self.high.room(tokens)
@@ -214,8 +265,9 @@ class Tiered(Piece):
     def read(self) -> Tensor:
         """Return the tokens of both kinds in their order."""
         numbers = torch.cat([self.high.read(), self.low.read()], dim=1)
-        order = high_first(unpack(self.tier, 1, self.tokens))
-        return torch.empty_like(numbers).scatter_(1, order[..., None].expand_as(numbers), numbers)
+        places = once_high_first(unpack(self.tier, 1, self.tokens))
+        places += torch.arange(0, places.numel(), self.tokens, device=places.device)[:, None]
+        return numbers.flatten(0, 1).index_select(0, places.flatten()).view(numbers.shape)
 
 
 def high_first(tier: Tensor) -> Tensor:
@@ -223,37 +275,16 @@ def high_first(tier: Tensor) -> Tensor:
     return (1 - tier).argsort(dim=-1, stable=True)
 
 
+def once_high_first(tier: Tensor) -> Tensor:
+    """Return `(heads, tokens)` int64: where each token stands in `high_first`, whose inverse this is."""
+    high = tier.long().cumsum(dim=-1)
+    low = high[:, -1:] + torch.arange(tier.shape[1], device=tier.device) - high
+    return torch.where(tier.bool(), high - 1, low)
+
+
 def packed_tier(tier: Tensor) -> Tensor:
     """Return `(heads, tokens)` bool as packed bits."""
     return pack(tier.to(torch.uint8), 1)
-
-
-def cut(pieces: tuple[Piece, ...], count: int, encode: Callable[[Tensor], Piece]) -> tuple[Piece, ...]:
-    """Return the pieces with the first `count` tokens of the plain one at their end encoded, joined where possible.
-
-    The rest of the plain one is a view of what it was, which `extended` copies.
-    """
-    *before, last = pieces
-    assert isinstance(last, Plain)
-    piece = encode(last.numbers[:, :count])
-    joined = before[-1].joined(piece) if before and isinstance(before[-1], Coded) else None
-    before = [*before, piece] if joined is None else [*before[:-1], joined]
-    return (*before, Plain(last.numbers[:, count:]))
-
-
-def extended(pieces: tuple[Piece, ...], numbers: Tensor) -> tuple[Piece, ...]:
-    """Return the pieces with more tokens, `(heads, tokens, dim)`, as they are, in memory of their own."""
-    if pieces and isinstance(last := pieces[-1], Plain):
-        return (*pieces[:-1], Plain(torch.cat([last.numbers, numbers], dim=1)))
-    return (*pieces, Plain(owned(numbers)))
-
-
-def shortened(pieces: tuple[Piece, ...], count: int) -> tuple[Piece, ...]:
-    """Return the pieces without the last `count` tokens, all of the plain one at their end, which may be left empty."""
-    *before, last = pieces
-    assert isinstance(last, Plain)
-    assert last.tokens >= count
-    return (*before, Plain(owned(last.numbers[:, : last.tokens - count])))
 
 
 def read_all(pieces: tuple[Piece, ...]) -> Tensor:
@@ -265,6 +296,23 @@ def read_all(pieces: tuple[Piece, ...]) -> Tensor:
     for piece, part in zip(pieces, torch.split_with_sizes(numbers, lengths, dim=1), strict=True):
         piece.read_into(part)
     return numbers
+
+
+def read_together(pieces: Sequence[Coded]) -> tuple[Tensor, list[int]]:
+    """Return the tokens of several codes of one kind, one head after the other, `(rows, dim)`, and how far apart the
+    heads of each are: further than it has tokens where its last group is not full.
+    """
+    joined, strides = in_one([piece.shown for piece in pieces])
+    numbers = dequantize(joined)
+    if any(piece.balance is not None or not piece.plain for piece in pieces):
+        rows = torch.split_with_sizes(
+            numbers, [stride * one.heads for stride, one in zip(strides, pieces, strict=True)]
+        )
+        for piece, part in zip(pieces, rows, strict=True):
+            own = piece.corrected_(part.view(piece.heads, -1, joined.dim)[:, : piece.tokens])
+            if piece.balance is not None:
+                own.div_(piece.balance)
+    return limited_(numbers, joined.scale.dtype).to(joined.scale.dtype), strides
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:

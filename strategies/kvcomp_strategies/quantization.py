@@ -5,6 +5,7 @@ Everything here works on the last two axes of a tensor, `(..., tokens, dim)`, an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -37,6 +38,17 @@ class Quantized:
     group: int
     axis: int
     dim: int
+
+    def first(self, tokens: int) -> Quantized:
+        """Return views of the first tokens, where groups are along `CHANNELS`."""
+        assert self.axis == CHANNELS
+        codes, scale, zero = (tensor.narrow(-2, 0, tokens) for tensor in (self.codes, self.scale, self.zero))
+        return Quantized(codes, scale, zero, self.bits, self.group, self.axis, self.dim)
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Return what codes must have in common to be read together."""
+        return self.bits, self.group, self.axis, self.dim, self.scale.dtype
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -103,6 +115,18 @@ def dequantize(quantized: Quantized, out: Tensor | None = None) -> Tensor:
         last = numbers.narrow(axis, length - rest, rest)
         last.mul_(scale.narrow(axis, whole, 1)).add_(zero.narrow(axis, whole, 1))
     return numbers
+
+
+def in_one(several: Sequence[Quantized]) -> tuple[Quantized, list[int]]:
+    """Return the codes of several `(heads, tokens, dim)` of one kind, head after head, as if those were the tokens of
+    one, `(rows, dim)`, and how many rows a head of each takes: along `TOKENS`, whole groups.
+    """
+    first = several[0]
+    codes = [one.codes if one.axis == CHANNELS else _filled_up(one.codes, one.group) for one in several]
+    parts = (codes, [one.scale for one in several], [one.zero for one in several])
+    all_codes, scale, zero = (torch.cat([tensor.flatten(0, 1) for tensor in part]) for part in parts)
+    joined = Quantized(all_codes, scale, zero, first.bits, first.group, first.axis, first.dim)
+    return joined, [part.shape[1] for part in codes]
 
 
 def finite(numbers: Tensor, dtype: torch.dtype) -> Tensor:
@@ -212,6 +236,12 @@ def _in_groups(numbers: Tensor, group: int, axis: int) -> Tensor:
         shape[axis] = missing
         numbers = torch.cat([numbers, last.expand(shape)], dim=axis)
     return _split(numbers, group, axis)
+
+
+def _filled_up(codes: Tensor, group: int) -> Tensor:
+    """Return packed codes with zeros up to a whole group of tokens."""
+    missing = -codes.shape[1] % group
+    return F.pad(codes, (0, 0, 0, missing)) if missing else codes
 
 
 def _split(numbers: Tensor, group: int, axis: int) -> Tensor:

@@ -4,6 +4,8 @@ import kvcomp_strategies.stores.quantized as quantized
 import pytest
 import torch
 from inference import COMPRESSING, SHRINKING, generate, generate_compressed, generate_stock, left_padded, quiet_prefill
+from kvcomp_strategies.cutting import AHEAD
+from kvcomp_strategies.quantization import CHANNELS, TOKENS
 from models import image_inputs, text_inputs, tiny_llama, tiny_qwen_vl
 
 import kvcomp
@@ -218,13 +220,18 @@ def test_one_decoded_step_codes_blocks_and_not_the_whole_cache(monkeypatch):
     model, coded = tiny_llama(), []
     original = quantized.Coded.of
     monkeypatch.setattr(
-        quantized.Coded, "of", lambda numbers, code: coded.append(numbers.shape[1]) or original(numbers, code)
+        quantized.Coded,
+        "of",
+        lambda numbers, *how: coded.append((how[0].axis, numbers.shape[1])) or original(numbers, *how),
     )
     with kvcomp.compress(model, "kivi", budget=0.3) as cache:
         generate(model, text_inputs(200), cache, 60)
-    prompt = [size for size in coded if size > 32]
+    prompt = [size for _, size in coded if size > 32]
     assert len(prompt) == 6  # keys and values of three layers
-    assert set(coded) - set(prompt) == {1, 32}
+    decoded = [(axis, size) for axis, size in coded if size <= 32]
+    assert {size for axis, size in decoded if axis == TOKENS} == {32}
+    assert 1 < max(size for axis, size in decoded if axis == CHANNELS) <= AHEAD
+    assert 3 * 58 <= sum(size for axis, size in decoded if axis == CHANNELS) < 3 * (58 + AHEAD)  # each value once
 
 
 BAD = {

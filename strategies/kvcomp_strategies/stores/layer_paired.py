@@ -33,6 +33,11 @@ class Merged(Piece):
         """Return the number of tokens."""
         return self.lengths.shape[1]
 
+    @property
+    def heads(self) -> int:
+        """Return the number of heads."""
+        return self.lengths.shape[0]
+
     def room(self, tokens: int) -> Tensor:
         """Return memory for tokens of these heads."""
         return self.direction.new_empty(self.direction.shape[0], tokens, self.direction.shape[2])
@@ -60,6 +65,11 @@ class Mirror(Piece):
     def tokens(self) -> int:
         """Return the number of tokens."""
         return self.high.shape[1] + self.lengths.shape[1]
+
+    @property
+    def heads(self) -> int:
+        """Return the number of heads."""
+        return self.lengths.shape[0]
 
     def room(self, tokens: int) -> Tensor:
         """Return memory for tokens of these heads."""
@@ -170,9 +180,9 @@ class LayerPairedStore(Store, use="layer-paired"):
         """Never called: no layer has a setting of its own."""
         raise AssertionError("pairs are merged by their storage")
 
-    def settle(self, run: Run) -> Run:
-        """Return the run as it is: pairs are merged by their storage."""
-        return run
+    def settle(self, runs: Sequence[Run]) -> Sequence[Run]:
+        """Return the runs as they are: pairs are merged by their storage."""
+        return runs
 
     def merge(self, lower: Tensor, upper: Tensor, kept: int) -> tuple[Tiered, Mirror]:
         """Return the pieces of both layers, of `(heads, tokens, dim)` each."""
@@ -234,8 +244,8 @@ class PairedStorage(CodedStorage):
         if not self._shared:
             return super().read()
         pairs = list(zip(self._slots.runs, self._shared, strict=True))
-        keys = self._laid_out([_read(run.keys, below) for run, (below, _) in pairs])
-        return keys, self._laid_out([_read(run.values, below) for run, (_, below) in pairs])
+        keys = self._laid_out([(Plain(_read(run.keys, below)),) for run, (below, _) in pairs])
+        return keys, self._laid_out([(Plain(_read(run.values, below)),) for run, (_, below) in pairs])
 
     def select(self, rows: Tensor) -> None:
         """Hold these rows; the layer below holds them already."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Literal
@@ -14,8 +15,9 @@ from torch import Tensor
 from kvcomp.core.interfaces import Observation
 from kvcomp.core.types import Guide, SlotForm
 from kvcomp_strategies.coding import CodedStore, Heads, Run
+from kvcomp_strategies.cutting import Cut, cut_all, plain_tokens
 from kvcomp_strategies.observations.query_peaks import QueryPeaks
-from kvcomp_strategies.pieces import Code, Coded, Piece, Plain, Tiered, cut, held, high_first, owned, packed_tier
+from kvcomp_strategies.pieces import Code, Coded, Piece, Plain, Tiered, held, high_first, owned, packed_tier
 from kvcomp_strategies.quantization import CHANNELS
 
 FITTED_BITS = (4, 2)  # of what is not important, where the bytes decide
@@ -97,14 +99,15 @@ class MixedStore(CodedStore, use="mixed"):
             values = replace(values, tier=keys.tier)
         return (keys,), (values,)
 
-    def settle(self, run: Run) -> Run:
-        """Return the run with what is no longer recent coded."""
-        old = run.plain[0] - self.recent
-        if old <= 0 or len(run.keys) == 1:  # all of a plain run is as it came
-            return run
-        bits = run.setting.bits
-        keys = cut(run.keys, old, partial(self._low, bits, _balance(run.keys[0])))
-        return replace(run, keys=keys, values=cut(run.values, old, partial(self._low, bits, None)))
+    def settle(self, runs: Sequence[Run]) -> list[Run]:
+        """Return the runs with what is no longer recent coded; a run that is plain throughout is as it came."""
+        keys = cut_all([self._cut(run, run.keys, _balance(run.keys[0])) for run in runs])
+        values = cut_all([self._cut(run, run.values, None) for run in runs])
+        return [replace(run, keys=one, values=two) for run, one, two in zip(runs, keys, values, strict=True)]
+
+    def _cut(self, run: Run, pieces: tuple[Piece, ...], balance: Tensor | None) -> Cut:
+        old = plain_tokens(pieces) - self.recent if len(pieces) > 1 else 0
+        return Cut(pieces, old, Code(run.setting.bits, self.group, CHANNELS), balance)
 
     def _tiered(self, numbers: Tensor, tier: Tensor, high: int, low: partial[Coded]) -> Piece:
         if high == 0:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from kvcomp.core.types import SlotForm
 from kvcomp_strategies.coding import CodedStore, Heads, Run
-from kvcomp_strategies.pieces import Code, Coded, Piece, Plain, cut, held, owned
+from kvcomp_strategies.cutting import Cut, cut_all, plain_tokens
+from kvcomp_strategies.pieces import Code, Coded, Piece, Plain, held, owned
 from kvcomp_strategies.quantization import CHANNELS, TOKENS
 
 FITTED_BITS = (8, 4, 2)  # what is tried where the bytes decide, the most precise first
@@ -43,7 +45,8 @@ class QuantizedStore(CodedStore, use="quantized"):
     the keys, and `group` channels of one value, share a scale and a zero. Of the keys the last `slots mod residual`
     stay as they are, and are coded together when there are `residual` of them; of the values the last `residual` stay,
     and the oldest of these is coded with every new one. Codes are packed, `8 / bits` to a byte; scale and zero have
-    the dtype of the cache. With `rank` and `outliers` this is GEAR (arXiv:2403.05527; opengear-project/GEAR,
+    the dtype of the cache. Up to 16 values are coded in one call, ahead of the step from which they are read as codes;
+    `nbytes` counts these. With `rank` and `outliers` this is GEAR (arXiv:2403.05527; opengear-project/GEAR,
     `GEARLM/Simulated/compress_function.py`): the extremes of every vector are kept, and the error is corrected by a
     product of two thin matrices per head, fitted to the error after the outliers are back.
 
@@ -109,22 +112,16 @@ class QuantizedStore(CodedStore, use="quantized"):
             _split(heads.values, setting.values, self._code(CHANNELS, setting.bits, self.rank)),
         )
 
-    def settle(self, run: Run) -> Run:
-        """Return the run with whole blocks of keys, and values beyond the window, coded."""
-        how: Precision = run.setting
-        keys, values = run.plain
-        block = (keys - how.held_keys) // self.residual * self.residual
+    def settle(self, runs: Sequence[Run]) -> list[Run]:
+        """Return the runs with whole blocks of keys, and values beyond the window, coded."""
         step = self.residual if self.window == "block" else 1
-        slide = (values - how.held_values) // step * step
-        if block > 0:
-            run = replace(run, keys=cut(run.keys, block, self._coder(TOKENS, how)))
-        if slide > 0:
-            run = replace(run, values=cut(run.values, slide, self._coder(CHANNELS, how)))
-        return run
+        keys = cut_all([self._cut(run.keys, TOKENS, run.setting, run.setting.held_keys, self.residual) for run in runs])
+        values = cut_all([self._cut(run.values, CHANNELS, run.setting, run.setting.held_values, step) for run in runs])
+        return [replace(run, keys=one, values=two) for run, one, two in zip(runs, keys, values, strict=True)]
 
-    def _coder(self, axis: int, how: Precision) -> Any:
-        code = self._code(axis, how.bits, self.decode_rank)
-        return lambda numbers: Coded.of(numbers, code)
+    def _cut(self, pieces: tuple[Piece, ...], axis: int, how: Precision, held: int, step: int) -> Cut:
+        """Return that whole steps of what is plain are coded, as long as so many tokens stay."""
+        return Cut(pieces, (plain_tokens(pieces) - held) // step * step, self._code(axis, how.bits, self.decode_rank))
 
     def _code(self, axis: int, bits: int, rank: int) -> Code:
         return Code(bits, self.group, axis, rank, self.outliers)
