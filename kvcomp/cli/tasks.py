@@ -129,7 +129,8 @@ def verify(
         if as_json:
             emit_json({"tasks": [], "unread": [], "faults": list(error.faults)})
         else:
-            typer.echo("\n".join((*error.faults, f"{folder}: {len(error.faults)} faults")), err=True)
+            count = len(error.faults)
+            typer.echo("\n".join((*error.faults, f"{folder}: {count} fault{'s' * (count > 1)}")), err=True)
         raise typer.Exit(1) from None
     emit_opened(opened, as_json)
 
@@ -154,7 +155,10 @@ def decode(tasks: Sequence[MileBenchTask], folder: Path, advance: Advance) -> No
 
 def emit_opened(opened: Opened, as_json: bool) -> None:
     """Write what a sound folder holds."""
-    tasks = [{"name": task.name, "metric": task.metric, **task.summary()} for task in opened.tasks]
+    tasks = [
+        {"name": task.name, "metric": task.metric, **task.summary(), "num_sample": task.file.meta.num_sample}
+        for task in opened.tasks
+    ]
     if as_json:
         emit_json({"tasks": tasks, "unread": list(opened.unread), "faults": []})
         return
@@ -164,6 +168,8 @@ def emit_opened(opened: Opened, as_json: bool) -> None:
     for task in opened.tasks:
         if task.name in KNOWN and task.size != KNOWN[task.name].samples:
             typer.echo(f"{task.name}: the benchmark has {KNOWN[task.name].samples} samples, this folder {task.size}")
+        if (counted := task.file.meta.num_sample) not in (None, task.size):
+            typer.echo(f"{task.name}: meta_data.num_sample says {counted}, and the file holds {task.size} samples")
     if opened.unread:
         typer.echo(
             f"not read, neither of the seven nor exported by kvcomp: {', '.join(opened.unread)}; name them in --task"

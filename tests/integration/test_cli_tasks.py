@@ -114,8 +114,16 @@ def test_verify_of_a_sound_folder_is_a_table(tmp_path):
 def test_verify_as_json(tmp_path):
     write_task(tmp_path, "IEdit", [record(0, "{image#1}{image#1}", ["0.png", "1.png"])])
     document = json.loads(call("verify", tmp_path, "--json").stdout)
-    entry = {"name": "IEdit", "metric": "rouge_l_official", "samples": 1, "images": 2, "repeated": 1, "unused": 1}
+    counts = {"samples": 1, "images": 2, "repeated": 1, "unused": 1, "num_sample": 1}
+    entry = {"name": "IEdit", "metric": "rouge_l_official", **counts}
     assert document == {"tasks": [entry], "unread": [], "faults": []}
+
+
+def test_verify_says_where_a_file_holds_other_samples_than_it_counts(tmp_path):
+    path = write_task(tmp_path, "ALFRED", [ALFRED])
+    path.write_text(path.read_text().replace('"num_sample": 1', '"num_sample": 3'))
+    result = call("verify", tmp_path)
+    assert "ALFRED: meta_data.num_sample says 3, and the file holds 1 samples" in result.stdout
 
 
 def test_verify_prints_all_faults_and_exits_with_1(tmp_path):

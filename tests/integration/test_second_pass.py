@@ -74,7 +74,9 @@ def test_scores_and_kept_indices_are_those_of_the_oracle(family, attention, way)
             assert layer.indices[0, head].tolist() == oracles_recon.kept(expected[head], slots)
 
 
-@pytest.mark.parametrize(("family", "way"), [(family, way) for family in TAKE_MORE for way in ("whole", "overlapping", "noisy chunks")])
+@pytest.mark.parametrize(
+    ("family", "way"), [(family, way) for family in TAKE_MORE for way in ("whole", "overlapping", "noisy chunks")]
+)
 def test_what_a_model_takes_beside_embeddings_is_fed_again(family, way):
     model, inputs = FAMILIES[family].model(), FAMILIES[family].prompt(0)
     cache = prefill(model, inputs, recipe(**ONCE[way]), budget={"tokens": 5000})

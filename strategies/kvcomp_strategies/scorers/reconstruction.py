@@ -84,6 +84,4 @@ class Reconstruction(Scorer, use="reconstruction"):
 
     def _reading(self) -> SecondReading:
         statistic = LargestReceived if self.received == "largest" else SquaresReceived
-        return statistic(
-            chunk=self.chunk, overlap=self.overlap, instruction=self.instruction, noise=self.noise
-        )
+        return statistic(chunk=self.chunk, overlap=self.overlap, instruction=self.instruction, noise=self.noise)
