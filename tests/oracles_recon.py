@@ -116,14 +116,14 @@ def reconstruction(
     chunk: int = 10**6,
     overlap: int = 0,
     instruction: tuple[int, ...] = (),
-    noise: float = 0.0,
+    noise: int = 0,
     hidden: dict[int, Tensor] | None = None,
     squares: bool = False,
 ) -> list[list[list[float]]]:
     """The score of each token, `[layer][kv_head][token]`, for one row without padding. The model is in float64.
 
     `hidden` `(kv_heads, tokens)` bool, per layer: what of the cache is not seen. With `squares` a score is the sum of
-    the squares, in place of the largest.
+    the squares, in place of the largest. With `noise` not the context is read, but so many sequences of other tokens.
     """
     prompt = prefill(model, inputs)
     tokens = prompt.embeddings.shape[1]
@@ -144,22 +144,31 @@ def reconstruction(
                     found = (squares_received if squares else largest_received)(*rows)
                 if layer == len(scores):
                     scores.append([[0.0] * tokens for _ in found])
-                join = sum if squares else max
-                scores[layer] = [
-                    [join(pair) for pair in zip(*heads, strict=True)]
-                    for heads in zip(scores[layer], found, strict=True)
-                ]
+                scores[layer] = joined(sum if squares else max, scores[layer], found)
     return scores
 
 
+def joined(join: Any, before: list[list[float]], now: list[list[float]]) -> list[list[float]]:
+    """Two readings of a layer as one, `[kv_head][token]`."""
+    return [[join(pair) for pair in zip(*heads, strict=True)] for heads in zip(before, now, strict=True)]
+
+
 def readings(
-    model: PreTrainedModel, prompt: Prefilled, chunk: int, overlap: int, instruction: tuple[int, ...], noise: float
+    model: PreTrainedModel, prompt: Prefilled, chunk: int, overlap: int, instruction: tuple[int, ...], noise: int
 ) -> Iterator[tuple[dict[str, Any], Tensor]]:
     """What the text model is given each time, and at which positions `(axes, tokens)`."""
     tokens = prompt.embeddings.shape[1]
     following = int(prompt.positions.max()) + 1  # positions go on after the largest of any axis
     for start in range(0, tokens, chunk):
         first = max(0, start - overlap)
+        # "So many sequences of tokens of the vocabulary, as long as the chunk, in its place", each with its own seed
+        for number in range(noise):
+            count = min(chunk, tokens - start)
+            drawn = torch.Generator().manual_seed(2**32 * number + start)
+            ids = torch.randint(model.get_decoder().config.vocab_size, (1, count), generator=drawn)
+            yield {"input_ids": ids}, (following + torch.arange(count)).expand(len(prompt.positions), -1)
+        if noise:
+            continue
         # "The model is given a request to repeat, then the chunk": the request here is given by its ids.
         asked = model.get_input_embeddings()(torch.tensor([instruction], dtype=torch.long))
         end = min(start + chunk, tokens)
@@ -171,11 +180,6 @@ def readings(
         place = place - place.min() + following + len(instruction)
         place = torch.cat([(following + torch.arange(len(instruction))).expand(len(place), -1), place], dim=1)
         yield {"inputs_embeds": torch.cat([asked, prompt.embeddings[:, first:end]], dim=1), **more}, place
-        # "As many tokens of the vocabulary, drawn with the chunk's first place as the seed, as `noise` says"
-        if count := math.floor(noise * (end - start)):
-            drawn = torch.Generator().manual_seed(start)
-            ids = torch.randint(model.get_decoder().config.vocab_size, (1, count), generator=drawn)
-            yield {"input_ids": ids}, (following + torch.arange(count)).expand(len(place), -1)
 
 
 def halved(model: PreTrainedModel, inputs: dict[str, Tensor], slots: int) -> list[list[list[int]]]:

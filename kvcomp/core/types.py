@@ -116,13 +116,14 @@ class Repeat:
         chunk: tokens that are fed at a time.
         overlap: tokens before each later chunk that are fed again with it, so that its first tokens have a context.
         instruction: token ids that are fed before every chunk.
-        noise: tokens drawn from the whole vocabulary that are fed after every chunk by themselves, per token of it.
+        noise: how many sequences of tokens drawn from the whole vocabulary, as long as the chunk, are fed in the place
+            of every chunk; 0 to feed the chunk.
     """
 
     chunk: int
     overlap: int = 0
     instruction: tuple[int, ...] = ()
-    noise: float = 0.0
+    noise: int = 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -145,15 +145,14 @@ class Context:
     def chunks(self, repeat: Repeat) -> Iterator[Chunk]:
         """Yield the chunks, those of a row the same in any batch."""
         for start in range(0, int(self.lengths.max()), repeat.chunk):
+            if repeat.noise:
+                yield from self._noise(start, repeat)
+                continue
             first = max(0, start - repeat.overlap)
             places = torch.arange(first, min(start + repeat.chunk, self.order.shape[1]), device=self.order.device)
             more = self.lengths[:, None] > start  # a row that has ended is not repeated for its overlap
             chunk = self._chunk(self.order[:, places], (places < self.lengths[:, None]) & more)
             yield self._instructed(chunk, repeat.instruction) if repeat.instruction else chunk
-            own = (self.lengths - start).clamp(min=0, max=repeat.chunk)
-            counts = (own * repeat.noise).long()
-            if bool(counts.any()):
-                yield self._noise(counts, seed=start)
 
     def _chunk(self, index: Tensor, valid: Tensor) -> Chunk:
         positions = torch.stack([axis[:, 0].expand_as(self.order).gather(1, index) for axis in self.table.positions])
@@ -176,15 +175,19 @@ class Context:
             torch.cat([torch.zeros_like(ids, dtype=torch.int8), chunk.modality], dim=1),
         )
 
-    def _noise(self, counts: Tensor, seed: int) -> Chunk:
-        """Return that many tokens per row, `(batch,)`, drawn from the vocabulary; every row has the same first ones."""
-        generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device reads the same
-        drawn = torch.randint(_vocabulary(self.decoder), (int(counts.max()),), generator=generator)
-        places = torch.arange(len(drawn), device=counts.device)
+    def _noise(self, start: int, repeat: Repeat) -> Iterator[Chunk]:
+        """Yield tokens drawn from the vocabulary, as many as the chunk that starts there has in each row; all rows have
+        the same first ones.
+        """
+        counts = (self.lengths - start).clamp(min=0, max=repeat.chunk)
+        places = torch.arange(int(counts.max()), device=counts.device)
         valid = places < counts[:, None]
-        ids = drawn.to(counts.device).expand(len(counts), -1)
         positions = (self.next_positions[..., None] + places).masked_fill(~valid, 0)
-        return Chunk(Fed(ids), positions, valid, torch.zeros_like(ids, dtype=torch.int8))
+        for number in range(repeat.noise):
+            drawn = torch.Generator().manual_seed(number << 32 | start)  # of the CPU, so that all devices read the same
+            ids = torch.randint(_vocabulary(self.decoder), (len(places),), generator=drawn)
+            ids = ids.to(counts.device).expand(len(counts), -1)
+            yield Chunk(Fed(ids), positions, valid, torch.zeros_like(ids, dtype=torch.int8))
 
     def feed(self, chunk: Chunk, observations: Mapping[int, Sequence[Observation]]) -> None:
         """Run the text model on one chunk, and join what is observed with what the layers know of the others."""

@@ -27,8 +27,8 @@ class SecondReading(Observation):
         overlap: tokens before each later chunk that are fed with it, so that its first token is preceded by what
             precedes it in the context.
         instruction: token ids fed before each chunk, such as those of "Repeat the previous context:".
-        noise: tokens drawn from the whole vocabulary that are fed after each chunk, per token of the chunk. They attend
-            to the whole context and to each other.
+        noise: how many sequences of tokens drawn from the whole vocabulary are fed in the place of each chunk, as long
+            as the chunk; each attends to the whole context and to itself. 0 to feed the chunk.
     """
 
     carried = True
@@ -37,7 +37,7 @@ class SecondReading(Observation):
     chunk: int = Field(default=2048, ge=1)
     overlap: int = Field(default=8, ge=0)
     instruction: TokenIds = ()
-    noise: float = Field(default=0.0, ge=0.0)
+    noise: int = Field(default=0, ge=0)
 
     def repeat(self) -> Repeat:
         """Return how the context is fed once more."""

@@ -14,7 +14,6 @@ from kvcomp.core.interfaces import Observation, Scorer
 from kvcomp.core.types import LayerView
 from kvcomp_strategies.observations.reconstruction import (
     LargestReceived,
-    SecondReading,
     SquaresReceived,
     TokenIds,
 )
@@ -37,9 +36,10 @@ class Reconstruction(Scorer, use="reconstruction"):
 
     Attributes:
         chunk, overlap, instruction: see the observation `reconstruction`.
-        noise: how many tokens of no meaning are read after each token of the context has been read once more (not in
-            KVzip). The context looks for what it needs to go on; a question looks for something else, in words that the
-            context may not have. Tokens drawn from the whole vocabulary look for anything. 1.0 costs one more prefill.
+        noise: how many sequences of tokens drawn from the whole vocabulary are read as well, as long as the context
+            (not in KVzip). The context looks for what it needs to go on; a question looks for something else, in words
+            that the context may not have; words of no meaning look for anything. Of their squares the mean over the
+            sequences is added, of the largest the largest counts. Each costs one more prefill.
         received: `"largest"`, or `"squares"` (not in KVzip): the root of the sum of squares over rows and query heads.
             Dropping token j changes the output of row i by about a_ij (o_i - v_j), so that this is the error over all
             rows if values are about equally far from the outputs. The largest says nothing of how many rows look, and a
@@ -55,18 +55,22 @@ class Reconstruction(Scorer, use="reconstruction"):
     chunk: int = Field(default=2048, ge=1)
     overlap: int = Field(default=8, ge=0)
     instruction: TokenIds = ()
-    noise: float = Field(default=0.0, ge=0.0)
+    noise: int = Field(default=0, ge=0)
     received: Literal["largest", "squares"] = "largest"
     sinks: int = Field(default=0, ge=0)
     halving: bool = False
 
     def observations(self) -> tuple[Observation, ...]:
-        """Return what is received in the second pass."""
-        return (self._reading(),)
+        """Return what is received in the second pass: from the context, then from noise."""
+        statistic = LargestReceived if self.received == "largest" else SquaresReceived
+        context = statistic(chunk=self.chunk, overlap=self.overlap, instruction=self.instruction)
+        return (context, statistic(chunk=self.chunk, overlap=0, noise=self.noise)) if self.noise else (context,)
 
     def score(self, layer: LayerView, slots: Tensor) -> Tensor:
-        """Return the attention received, over the group."""
-        received = layer.observations[self._reading()]
+        """Return the attention received, over the readings and the group."""
+        received, *others = (layer.observations[reading] for reading in self.observations())
+        for noise in others:
+            received = received.maximum(noise) if self.received == "largest" else received + noise / self.noise
         grouped = rearrange(received, "b (kv group) t -> b kv group t", kv=layer.shape[1])
         return grouped.amax(dim=2) if self.received == "largest" else grouped.sum(dim=2).sqrt()
 
@@ -81,7 +85,3 @@ class Reconstruction(Scorer, use="reconstruction"):
         halves = int(torch.log2(tokens / slots.clamp(min=1)).amax().ceil())
         shares = [(tokens // 2**half).maximum(slots) for half in range(1, halves + 1)]
         return [share for share in shares if bool((share > slots).any())]
-
-    def _reading(self) -> SecondReading:
-        statistic = LargestReceived if self.received == "largest" else SquaresReceived
-        return statistic(chunk=self.chunk, overlap=self.overlap, instruction=self.instruction, noise=self.noise)
