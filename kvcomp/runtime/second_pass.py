@@ -225,7 +225,7 @@ class Context:
 def _vocabulary(decoder: Any) -> int:
     """Return how many tokens text may have; Gemma's embeddings of every layer know fewer than its first ones."""
     known = ("vocab_size", "vocab_size_per_layer_input")
-    return min(getattr(decoder.config, name) for name in known if hasattr(decoder.config, name))
+    return min(int(getattr(decoder.config, name)) for name in known if hasattr(decoder.config, name))
 
 
 def _first(cache_layers: Sequence[Any]) -> CompressedCacheLayer:
