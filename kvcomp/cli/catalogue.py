@@ -90,6 +90,8 @@ def part_text(entry: Entry) -> str:
 def _no_such_thing(name: str, found: Mapping[str, Entry]) -> str:
     if found:
         return f"{name!r} is a {next(iter(found))}, and `kvcomp show` shows recipes and parts"
+    if name in ("recipe", *PART_KINDS):
+        return f"{name!r} is a kind; `kvcomp list {name}` has those of that kind, and `kvcomp show` shows one"
     known = [entry.name for entry in registry.entries() if entry.kind in ("recipe", *PART_KINDS)]
     near = nearest(name, known)
     hint = "" if near is None else f" Did you mean {near!r}?"

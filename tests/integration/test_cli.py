@@ -174,6 +174,7 @@ def test_show_of_what_is_neither_recipe_nor_part():
     result = call("show", "minimile-xs")
     assert result.exit_code == 2
     assert "'minimile-xs' is a testbed, and `kvcomp show` shows recipes and parts" in result.stderr
+    assert "'matcher' is a kind; `kvcomp list matcher` has those of that kind" in call("show", "matcher").stderr
 
 
 def test_check_takes_the_name_of_a_recipe_too():
