@@ -164,7 +164,7 @@ def readings(
         # "So many sequences of tokens of the vocabulary, as long as the chunk, in its place", each with its own seed
         for number in range(noise):
             count = min(chunk, tokens - start)
-            drawn = torch.Generator().manual_seed(2**32 * number + start)
+            drawn = torch.Generator().manual_seed(start + number)
             ids = torch.randint(model.get_decoder().config.vocab_size, (1, count), generator=drawn)
             yield {"input_ids": ids}, (following + torch.arange(count)).expand(len(prompt.positions), -1)
         if noise:

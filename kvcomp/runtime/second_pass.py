@@ -184,7 +184,7 @@ class Context:
         valid = places < counts[:, None]
         positions = (self.next_positions[..., None] + places).masked_fill(~valid, 0)
         for number in range(repeat.noise):
-            drawn = torch.Generator().manual_seed(number << 32 | start)  # of the CPU, so that all devices read the same
+            drawn = torch.Generator().manual_seed(start + number)  # of the CPU, so that all devices read the same
             ids = torch.randint(_vocabulary(self.decoder), (len(places),), generator=drawn)
             ids = ids.to(counts.device).expand(len(counts), -1)
             yield Chunk(Fed(ids), positions, valid, torch.zeros_like(ids, dtype=torch.int8))

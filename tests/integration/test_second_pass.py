@@ -286,6 +286,15 @@ def test_it_costs_one_more_prefill_and_none_where_everything_stays():
     assert calls.tokens == [40, 1, 1]
 
 
+def test_no_two_sequences_of_noise_are_alike():
+    model, read = tiny_llama(), []
+    decoder = model.get_decoder()
+    decoder.register_forward_pre_hook(lambda module, args, given: read.append(given["input_ids"]), with_kwargs=True)
+    prefill(model, text_inputs(40), recipe(chunk=20, noise=3))
+    noise = read[3:]  # after the prompt, and its two chunks
+    assert len({tuple(ids[0].tolist()) for ids in noise}) == len(noise) == 6
+
+
 def test_a_deferred_cache_is_compressed_before_the_first_decoded_token():
     model, inputs = tiny_llama(), text_inputs(40)
     calls = Calls(model)
