@@ -180,7 +180,7 @@ def test_all_faults_come_before_a_model_is_loaded(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("kvcomp.lab.jobs.load_testbed", lambda *_, **__: pytest.fail("a model was loaded"))
     file = write_file(
         tmp_path / "a.yaml",
-        models=["minimile-sx", "minimile-xs"],
+        models=["minmile-xs", "minimile-xs"],
         tasks=["echoo", "milebench:nowhere"],
         strategies=["flowm"],
         grid={"budgt": [0.1]},
