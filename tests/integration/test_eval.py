@@ -115,7 +115,7 @@ def test_the_table_has_a_line_per_task(folder):
 def test_every_fault_comes_in_one_run_before_a_model_is_loaded(monkeypatch):
     monkeypatch.setattr("kvcomp.cli.evaluate.load_testbed", lambda *given: pytest.fail("a model was loaded"))
     result = call(
-        *("--model", "minimile-sx", "--tasks", "recal,text_needle,none", "--strategy", "flowm", "--budget", "1.5"),
+        *("--model", "minmile-xs", "--tasks", "recal,text_needle,none", "--strategy", "flowm", "--budget", "1.5"),
         *("--set", "policy"),
     )
     assert (result.exit_code, result.stdout) == (2, "")
