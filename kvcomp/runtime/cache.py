@@ -13,11 +13,12 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from kvcomp.core.errors import UnsupportedModelError, UnsupportedUseError
 from kvcomp.core.strategy import Strategy
+from kvcomp.runtime import incoming
 from kvcomp.runtime.adapter import ModelAdapter
 from kvcomp.runtime.compression import LayerCompression
 from kvcomp.runtime.fed import Fed
 from kvcomp.runtime.fixed import check_reserve, check_steady
-from kvcomp.runtime.incoming import check_attended, check_incoming, check_positions, check_room, new_token_count
+from kvcomp.runtime.incoming import given_tokens, new_token_count
 from kvcomp.runtime.layer import NO_DRAFTS, CompressedCacheLayer
 from kvcomp.runtime.report import Report, report_layers
 from kvcomp.runtime.rotary import RotaryColumns
@@ -95,8 +96,10 @@ class CompressedCache(Cache):
             number: CompressedCacheLayer(weakref.proxy(self), place, len(full), storages[place])
             for place, number in enumerate(full)
         }
+        self.first = self.compressed_layers[full[0]]
         self._modality: Tensor | None = None
         self._positions: Tensor | None = None
+        self._given: Tensor | None = None  # ids or embeddings of the forward under way
         self._noted = False  # whether the inputs of the forward under way are known
         self._under_way = False  # whether the text model, or a compression, has begun and not ended
         self._schedule = Schedule(strategy)
@@ -112,7 +115,7 @@ class CompressedCache(Cache):
     @property
     def is_fixed(self) -> bool:
         """Return whether slots lie at fixed addresses, so that a decode step changes nothing that Python sees."""
-        return self.compiled and next(iter(self.compressed_layers.values())).fixed is not None
+        return self.compiled and self.first.fixed is not None
 
     def finish(self) -> None:
         """Compress what `defer` left uncompressed, or what waits for a second pass."""
@@ -150,17 +153,14 @@ class CompressedCache(Cache):
             inputs: of the whole conversation, as the processor gives them. Media that the cache has seen are left out.
 
         Raises:
-            InputError: the conversation is not longer than what the cache has seen.
+            InputError: the conversation does not begin with the tokens that the cache has seen, or ends with them.
             UnsupportedUseError: new media in a batch, or of a family that does not say which rows of pixels belong to
                 which image.
         """
         self._catch_up()
-        first = next(iter(self.compressed_layers.values()))
         if "mm_token_type_ids" not in inputs and (modality := self.adapter.modality(inputs)) is not None:
             inputs["mm_token_type_ids"] = modality.int()
-        tokens = first.tokens + first.tail
-        arguments = next_turn_arguments(model, inputs, first.seen, tokens, first.upcoming_positions())
-        return {**arguments, "past_key_values": self}
+        return {**next_turn_arguments(model, inputs, self.first), "past_key_values": self}
 
     def reset(self) -> None:
         """Forget everything, as if the cache were new."""
@@ -260,8 +260,7 @@ class CompressedCache(Cache):
             UnsupportedUseError: the new tokens or their attention mask do not go with what the cache has seen, or the
                 last forward did not end.
         """
-        self._check_inputs(inputs)
-        self._modality = self.adapter.modality(inputs)
+        self._note(inputs)
         self._noted = True
 
     def text_begins(self, inputs: Mapping[str, Any]) -> None:
@@ -274,12 +273,11 @@ class CompressedCache(Cache):
             UnsupportedUseError: the text part of a multimodal model was called by itself.
         """
         if not self._noted:
-            self._check_inputs(inputs)
-            self._modality = self.adapter.modality(inputs)
+            self._note(inputs)
         positions = inputs.get("position_ids")
         if positions is not None:
             positions = positions[None] if positions.dim() == 2 else positions[-3:]
-            check_positions(positions, next(iter(self.compressed_layers.values())).upcoming_positions())
+            incoming.check_positions(positions, self.first.upcoming_positions())
         self._positions = positions
         self._under_way = True
         if new_token_count(inputs) == 1:
@@ -297,6 +295,8 @@ class CompressedCache(Cache):
         Raises:
             UnsupportedUseError: nothing says how to feed it again.
         """
+        if self._given is not None and self.first.is_initialized:
+            self.first.note_tokens(self._given)
         pending = {number: layer for number, layer in self.compressed_layers.items() if layer.pending}
         if self._repeats and pending:
             self.fed = (*self.fed, Fed.of(inputs))
@@ -328,7 +328,7 @@ class CompressedCache(Cache):
         """
         for layer in self.compressed_layers.values():
             layer.catch_up()
-        check_room(self.compressed_layers, self.reserve)
+        incoming.check_room(self.compressed_layers, self.reserve)
 
     def _check_ended(self) -> None:
         """Raise where a forward was interrupted between two layers."""
@@ -338,16 +338,17 @@ class CompressedCache(Cache):
                 "snapshot, or use a new cache"
             )
 
-    def _check_inputs(self, inputs: Mapping[str, Any]) -> None:
-        """Raise where a forward cannot go on from what the cache has seen."""
+    def _note(self, inputs: Mapping[str, Any]) -> None:
+        """Take note of which new token is what; raise where they cannot go on from what the cache has seen."""
         self.loosen()
         self._check_ended()
-        rows = len(next(iter(self.compressed_layers.values())).tokens) if self.used else None
-        check_incoming(inputs, rows, self.get_seq_length(), shared=bool(self.serves))
+        rows = len(self.first.tokens) if self.used else None
+        incoming.check_incoming(inputs, rows, self.get_seq_length(), shared=bool(self.serves))
+        self._modality, self._given = self.adapter.modality(inputs), given_tokens(inputs)
 
     def _forget_forward(self) -> None:
         """Forget what is held only while a forward is under way."""
-        self._modality = self._positions = None
+        self._modality = self._positions = self._given = None
         self._noted = self._under_way = False
         self._schedule.forget()
 
@@ -358,14 +359,14 @@ class CompressedCache(Cache):
             UnsupportedModelError: keys were cached that no attention function of kvcomp saw.
             UnsupportedUseError: a compiled model decoded more tokens than there was room for.
         """
-        self._modality = self._positions = None
+        self._modality = self._positions = self._given = None
         self._noted = False
         self.check_sound()
 
     def check_sound(self) -> None:
         """Raise where keys were cached that no attention function of kvcomp saw, or decoded tokens found no room."""
-        check_attended(self.compressed_layers)
-        check_room(self.compressed_layers, self.reserve)
+        incoming.check_attended(self.compressed_layers)
+        incoming.check_room(self.compressed_layers, self.reserve)
 
     def check_in_use(self) -> None:
         """Raise where the model no longer runs kvcomp's attention function."""

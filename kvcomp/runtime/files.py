@@ -30,6 +30,7 @@ from kvcomp.runtime.file_header import (
 from kvcomp.runtime.layer import CompressedCacheLayer
 from kvcomp.runtime.rotary import Layout, RotaryColumns
 from kvcomp.runtime.slots import SlotTable
+from kvcomp.runtime.transcript import Transcript
 from kvcomp.version import __version__
 
 TABLE = ("indices", "columns", "counts", "modality", "positions", "mask")
@@ -152,7 +153,7 @@ def _tensors(layer: CompressedCacheLayer) -> dict[str, Tensor]:
     found |= {f"table.{name}": _once(getattr(table, name), -2) for name in TABLE}
     if table.columns is table.indices:
         del found["table.columns"]
-    found |= {"next_positions": layer.upcoming_positions(), "memory": layer.memory}
+    found |= {"next_positions": layer.upcoming_positions(), "memory": layer.memory, "transcript": layer.transcript.ids}
     found |= {f"carried.{place}": sums for place, sums in enumerate(layer.carried.values())}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
@@ -233,6 +234,7 @@ def _fill(layer: CompressedCacheLayer, record: LayerRecord, own: dict[str, Tenso
     layer.table = _table(own, layer.form.kv_heads)
     layer.tokens, layer.prompt = own["tokens"].cpu(), own["prompt"].cpu()
     layer.log = QueryLog.load(log, record.log.model_dump())
+    layer.transcript = Transcript((own["transcript"],)) if "transcript" in own else Transcript()
     layer.next_positions, layer.rho, layer.memory = (own.get(name) for name in ("next_positions", "rho", "memory"))
     for name in NUMBERS:
         setattr(layer, name, getattr(record, name))
@@ -319,6 +321,11 @@ def _check_filled(layer: CompressedCacheLayer, header: Header) -> None:
         )
         if tensor.dtype != dtype
     ]
+    ids = layer.transcript.ids
+    if ids is not None and not (
+        ids.dtype == torch.int32 and ids.shape[:-1] == (batch,) and ids.shape[-1] <= layer.seen
+    ):
+        faults.append(f"transcript must be int32 ids of {batch} rows and {layer.seen} columns, got {tuple(ids.shape)}")
     for name, places in (("columns", table.columns), ("indices", table.indices), ("tokens", layer.tokens)):
         beyond = layer.seen if name == "tokens" else layer.seen - 1
         if places.numel() and (int(places.max()) > beyond or int(places.min()) < -1):

@@ -11,9 +11,15 @@ from kvcomp.core.errors import InputError, UnsupportedModelError, UnsupportedUse
 from kvcomp.runtime.layer import CompressedCacheLayer
 
 
+def given_tokens(inputs: Mapping[str, Any]) -> Tensor | None:
+    """Return what stands for the tokens of a forward, `(batch, tokens, ...)`, None where that cannot be told."""
+    ids = inputs.get("input_ids")
+    return inputs.get("inputs_embeds") if ids is None else ids
+
+
 def new_token_count(inputs: Mapping[str, Any]) -> int | None:
     """Return how many tokens a forward is given, None where that cannot be told."""
-    given = _given(inputs)
+    given = given_tokens(inputs)
     return None if given is None else int(given.shape[1])
 
 
@@ -30,7 +36,7 @@ def check_incoming(inputs: Mapping[str, Any], rows: int | None, seen: int, *, sh
         InputError: there is no new token.
         UnsupportedUseError: another number of rows, a mask of another conversation, or a second prompt.
     """
-    given = _given(inputs)
+    given = given_tokens(inputs)
     if given is None:
         return
     batch, new = given.shape[:2]
@@ -104,9 +110,3 @@ def check_room(layers: Mapping[int, CompressedCacheLayer], reserve: int | None) 
             f"reserve must be at least the number of tokens that are decoded, got reserve={reserve}, and "
             f"{lost} tokens found no room, so that what was generated since is wrong; reserve more or generate less"
         )
-
-
-def _given(inputs: Mapping[str, Any]) -> Tensor | None:
-    """Return what stands for the tokens of a forward, `(batch, tokens, ...)`, None where that cannot be told."""
-    ids = inputs.get("input_ids")
-    return inputs.get("inputs_embeds") if ids is None else ids

@@ -157,6 +157,7 @@ class CompressedCacheLayer(LayerCompression, DynamicLayer):  # type: ignore[no-u
         if upcoming is not None:
             self.next_positions = upcoming - removed if removed <= self.tail else kept.positions_at(target)
         self.rotary = None if self.rotary is None else self.rotary.first(target)
+        self.transcript = self.transcript.first(target)
         self.tail, self.seen = 0, target
 
     def check_crop(self, tokens_to_remove: int) -> None:

@@ -38,6 +38,7 @@ STATE = (
     "steps",
     "prompt",
     "rotary",
+    "transcript",
     "compressions",
 )
 

@@ -14,6 +14,7 @@ from kvcomp.runtime.decoding import QueryLog
 from kvcomp.runtime.fixed import FixedSlots
 from kvcomp.runtime.rotary import RotaryColumns
 from kvcomp.runtime.slots import PackedTable, Places, SlotTable, gather_heads, new_tokens, padded, positions_after
+from kvcomp.runtime.transcript import Transcript
 
 
 class LayerState:
@@ -48,6 +49,7 @@ class LayerState:
         self.steps = 0  # tokens decoded since the last compression
         self.prompt = self.tokens  # valid tokens of each row at the end of the last forward of several, on the CPU
         self.rotary: RotaryColumns | None = None  # of all columns seen, where the strategy reads it
+        self.transcript = Transcript()  # of all columns seen, in the first layer alone
         self.fixed: FixedSlots | None = None  # where decode steps are compiled: `tail` and `seen` may be behind it
         self.lost = 0  # decoded tokens that found no room
 
@@ -107,6 +109,7 @@ class LayerState:
         tensors += [tensor for tensor in (self.next_positions, self.memory) if tensor is not None]
         tensors += [packed.layout.ends] if (packed := self.storage.packed()) else []
         tensors += [] if self.rotary is None else self.rotary.tensors()
+        tensors += self.transcript.parts
         tensors += [] if self.fixed is None else self.fixed.tensors()
         return [*tensors, *self.log.tensors(), *self.carried.values()]
 
@@ -188,6 +191,10 @@ class LayerState:
         self.tail = self.arrived = 0
         self.holds_padding |= valid is not None
 
+    def note_tokens(self, given: Tensor) -> None:
+        """Remember what the tokens that were seen last are: ids `(batch, tokens)`, or their embeddings."""
+        self.transcript = self.transcript.then(given, self.seen - given.shape[1])
+
     def take_in_tail(self) -> None:
         """Move the tail into the table."""
         if self.tail:
@@ -228,6 +235,7 @@ class LayerState:
         self.carried = {seen: sums.index_select(0, here) for seen, sums in self.carried.items()}
         self.memory = None if self.memory is None else self.memory.index_select(0, here)
         self.rotary = None if self.rotary is None else self.rotary.rows(rows)
+        self.transcript = self.transcript.rows(rows)
 
     def move(self, device: torch.device) -> None:
         """Move keys and values to a device."""

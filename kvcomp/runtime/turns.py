@@ -10,40 +10,39 @@ import torch
 from torch import Tensor, nn
 
 from kvcomp.core.errors import InputError, UnsupportedUseError
+from kvcomp.runtime.state import LayerState
 
 MEDIA = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 BIDIRECTIONAL = "token_type_ids"  # where given, images (Gemma 3) or the whole prompt (PaliGemma) see what follows
 
 
-def next_turn_arguments(
-    model: nn.Module, inputs: Mapping[str, Any], seen: int, tokens: Tensor, next_positions: Tensor | None
-) -> dict[str, Any]:
+def next_turn_arguments(model: nn.Module, inputs: Mapping[str, Any], layer: LayerState) -> dict[str, Any]:
     """Return the keyword arguments for `generate`, the cache not included.
 
     Args:
         model: the model.
         inputs: of the whole conversation as the processor gives them, media of earlier turns included.
-        seen: columns that the cache has seen.
-        tokens: how many of them are no padding, as far as the cache knows, `(batch,)` int64 on the CPU.
-        next_positions: `(axes, batch)` of the next token, None where positions are columns.
+        layer: the first of the cache.
 
     Raises:
-        InputError: the conversation is not longer than what the cache has seen.
+        InputError: the conversation does not begin with the tokens that the cache has seen, or ends with them.
         UnsupportedUseError: new media in a batch, or of a family that does not say which rows belong to which image.
     """
-    ids = inputs["input_ids"]
+    ids, seen, next_positions = inputs["input_ids"], layer.seen, layer.upcoming_positions()
     if ids.shape[1] <= seen:
         raise InputError(
             f"the next turn must hold the whole conversation, more than the {seen} tokens that the cache has seen; "
             f"got {ids.shape[1]}"
         )
-    arguments = {"input_ids": ids, "attention_mask": inputs.get("attention_mask", torch.ones_like(ids))}
+    mask: Tensor = inputs.get("attention_mask", torch.ones_like(ids))
+    layer.transcript.check_begins(ids, mask)
+    arguments = {"input_ids": ids, "attention_mask": mask}
     fresh = _new_media(model, inputs, seen)
     if next_positions is None or not hasattr(getattr(model, "base_model", None), "get_rope_index"):
         return arguments | fresh
     if fresh:
         return arguments | fresh | {"position_ids": _rope_index(model, inputs)}
-    mask: Tensor = arguments["attention_mask"]
+    tokens = layer.tokens + layer.tail  # as far as the cache knows
     ended = (tokens - mask[:, :seen].sum(dim=1).cpu()).clamp(min=0)  # what rows that had ended were padded with
     return arguments | {"position_ids": _continued(mask, seen, next_positions - ended.to(next_positions.device))}
 

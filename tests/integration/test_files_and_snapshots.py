@@ -112,10 +112,10 @@ def test_a_later_turn_continues_from_its_own_positions_with_other_requests_betwe
 def test_a_turn_that_adds_nothing_is_refused():
     model, inputs = tiny_llama(), text_inputs(20)
     with kvcomp.compress(model, "snapkv", budget=0.5) as cache:
-        generate(model, inputs, cache, 3)
+        said = generate(model, inputs, cache, 3).sequences
         with pytest.raises(kvcomp.InputError, match="whole conversation, more than the 22 tokens"):
             cache.next_turn(model, **inputs)
-        turn = cache.next_turn(model, input_ids=text_inputs(30)["input_ids"])
+        turn = cache.next_turn(model, input_ids=torch.cat([said, torch.tensor([[7, 8]])], dim=1))
     assert turn["past_key_values"] is cache
     assert "position_ids" not in turn
 
