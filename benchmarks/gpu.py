@@ -69,11 +69,15 @@ def _wait(device: torch.device) -> None:
         torch.accelerator.synchronize()
 
 
-def floor_of_decode(model: nn.Module, kv_bytes: int, machine: Machine) -> float:
-    """Return the seconds that a token takes at least: all weights but the embeddings, and the cache, are read."""
+def weight_bytes(model: nn.Module) -> int:
+    """Return the bytes that a decoded token reads beside its cache: all weights but the embeddings."""
     embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}  # type: ignore[operator]
-    weights = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in embeddings)
-    return (weights + kv_bytes) / (machine.bandwidth)
+    return sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in embeddings)
+
+
+def floor_of_decode(model: nn.Module, kv_bytes: int, machine: Machine) -> float:
+    """Return the seconds that a token takes at least: weights and cache are read."""
+    return (weight_bytes(model) + kv_bytes) / machine.bandwidth
 
 
 def row(found: Found) -> dict[str, Any]:

@@ -53,13 +53,12 @@ def main() -> None:
     with torch_threads(1):
         model = build_model(shape, arguments.device, dtype)
         grown = measure_growth(model, shape, cases(), tokens, arguments.repeats)
-        clock = clock_of(model)[1]
+        document = {"clock": clock_of(model)[1], "shape": shape.describe()}
+        document |= circumstances(time.monotonic() - started)
     print_table(tokens, grown)
-    document = {"tokens": tokens, "stages": [asdict(entry) for entry in grown], "clock": clock}
+    document |= {"tokens": tokens, "stages": [asdict(entry) for entry in grown]}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(
-        json.dumps(document | {"shape": shape.describe()} | circumstances(time.monotonic() - started), indent=1)
-    )
+    arguments.out.write_text(json.dumps(document, indent=1))
 
 
 def print_table(tokens: list[int], grown: list[Growth]) -> None:

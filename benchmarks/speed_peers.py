@@ -1,11 +1,14 @@
 """SnapKV at 20 %, ours and that of kvpress, each beside DynamicCache in a run of its own environment.
 
     python benchmarks/speed_peers.py [--environment build/peers] [--tokens 2048 4096 8192 16384] [--out FILE]
+    python benchmarks/speed_peers.py --device cuda --tokens 8192 16384 32768
 
 kvpress needs an older transformers than kvcomp, so the script makes a virtual environment with it (as
 `envelope_peers.py` does) and runs itself there, on the same random Llama and the same prompts, with one thread.
 Seconds of two environments are not compared: each number is a ratio to the DynamicCache of the same environment, whose
-tokens are decoded in turns with the compressed ones.
+tokens are decoded in turns with the compressed ones. On a GPU the model has the shape of Llama 3.1 8B, in bfloat16.
+Where packages cannot be fetched, `--inside kvpress` and `--inside kvcomp`, each run by a Python that has the library,
+print one side.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 ROOT = Path(__file__).parents[1]
 REMOVED = 0.8
 SHAPE = {"vocab_size": 1024, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6}
-SHAPE |= {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 131072}
+SHAPE |= {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
+LARGE = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+LARGE |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
 
 Open = Callable[[Any], AbstractContextManager[Any]]
 
@@ -57,10 +62,21 @@ def opened_by_transformers(model: Any) -> Any:
     yield DynamicCache(config=model.config)
 
 
-def build() -> Any:
+def build(device: str) -> Any:
     """Return the model with seeded random weights."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SHAPE, eos_token_id=None)).eval()
+    on_cpu = device == "cpu"
+    config = LlamaConfig(**(SHAPE if on_cpu else LARGE), max_position_embeddings=131072, eos_token_id=None)
+    with torch.device(device):
+        return LlamaForCausalLM(config).to(torch.float32 if on_cpu else torch.bfloat16).eval()
+
+
+def now(device: str) -> float:
+    """Return the CPU time of this thread; of a device the time, once all that it was given is done."""
+    if device == "cpu":
+        return time.thread_time()
+    torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 class Side:
@@ -83,18 +99,18 @@ class Side:
         self.close()
         self.block = self.opens(self.model)
         self.cache = self.block.__enter__()
-        started = time.thread_time()
+        started = now(prompt.device.type)
         self._step(prompt)
-        seconds = time.thread_time() - started
+        seconds = now(prompt.device.type) - started
         if not self.inside:
             self.close()
         return seconds
 
     def decode(self) -> float:
         """Decode one token, and return its seconds."""
-        started = time.thread_time()
+        started = now(self.token.device.type)
         self._step(self.token)
-        return time.thread_time() - started
+        return now(self.token.device.type) - started
 
     def close(self) -> None:
         """Leave the block, if it is open."""
@@ -108,19 +124,16 @@ class Side:
 
 
 @torch.inference_mode()
-def measure(library: str, tokens: list[int], repeats: int, decoded: int) -> list[dict[str, float]]:
+def measure(library: str, device: str, tokens: list[int], repeats: int, decoded: int) -> list[dict[str, float]]:
     """Return, for each length, prefill and decode of SnapKV and what the stock cache takes, in this environment."""
     torch.set_num_threads(1)
-    if library == "kvpress":
-        mine = Side(build(), opened_by_kvpress, inside=False)
-    else:
-        mine = Side(build(), opened_by_kvcomp, inside=True)
-    stock = Side(build(), opened_by_transformers, inside=False)
+    opens, inside = (opened_by_kvpress, False) if library == "kvpress" else (opened_by_kvcomp, True)
+    mine, stock = Side(build(device), opens, inside=inside), Side(build(device), opened_by_transformers, inside=False)
     return [_measure_at(count, mine, stock, repeats, decoded) for count in (min(tokens), *tokens)][1:]
 
 
 def _measure_at(tokens: int, mine: Side, stock: Side, repeats: int, decoded: int) -> dict[str, float]:
-    prompt = torch.randint(0, 1024, (1, tokens), generator=torch.Generator().manual_seed(tokens))
+    prompt = torch.randint(0, 1024, (1, tokens), generator=torch.Generator().manual_seed(tokens)).to(mine.model.device)
     prefills, steps = [], []
     for turn in range(repeats):
         order = (mine, stock) if turn % 2 else (stock, mine)
@@ -153,7 +166,7 @@ def run_inside(python: Path, library: str, arguments: argparse.Namespace) -> lis
     path = os.pathsep.join(str(ROOT / name) for name in ("", "strategies", "adapters"))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path if library == "kvcomp" else ""}
     command = [str(python), str(Path(__file__).resolve()), "--inside", library]
-    command += ["--repeats", str(arguments.repeats), "--decode", str(arguments.decode)]
+    command += ["--repeats", str(arguments.repeats), "--decode", str(arguments.decode), "--device", arguments.device]
     command += ["--tokens", *map(str, arguments.tokens)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found: list[dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
@@ -165,13 +178,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--environment", type=Path, default=ROOT / "build" / "peers")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192, 16384])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--decode", type=int, default=32)
     parser.add_argument("--out", type=Path, default=Path("benchmark-output/speed_peers.json"))
     parser.add_argument("--inside", choices=("kvcomp", "kvpress"), help="measure here; for the environments themselves")
     arguments = parser.parse_args()
     if arguments.inside:
-        print(json.dumps(measure(arguments.inside, arguments.tokens, arguments.repeats, arguments.decode)))
+        settings = (arguments.device, arguments.tokens, arguments.repeats, arguments.decode)
+        print(json.dumps(measure(arguments.inside, *settings)))
         return
     peer = make_environment(arguments.environment.resolve())
     found = {"kvcomp": run_inside(Path(sys.executable), "kvcomp", arguments)}
