@@ -114,9 +114,14 @@ def streaming_kept(tokens: int, slots: int, sinks: int = 4) -> list[int]:
     return list(range(sinks)) + list(range(tokens - (slots - sinks), tokens))
 
 
+def kind(modality: int) -> int:
+    """Text, visual (images and videos alike), or audio."""
+    return 1 if modality == 2 else modality
+
+
 def flow_ratio(attention: list[Tensor], query_modality: list[int], key_modality: list[int]) -> float:
     """Eq. 6-7: the mean over heads of (attention to another modality) / (all attention)."""
-    if len(set(key_modality)) < 2:
+    if len(set(map(kind, key_modality))) < 2:
         return math.nan
     ratios = []
     for head in attention:
@@ -124,7 +129,7 @@ def flow_ratio(attention: list[Tensor], query_modality: list[int], key_modality:
         for row, own in enumerate(query_modality):
             for column, other in enumerate(key_modality):
                 total += float(head[row, column])
-                crossing += float(head[row, column]) if own != other else 0.0
+                crossing += float(head[row, column]) if kind(own) != kind(other) else 0.0
         ratios.append(crossing / total)
     return sum(ratios) / len(ratios)
 
@@ -187,7 +192,7 @@ def allowed(source: int, pivots: list[int], modality: list[int], rule: str) -> l
     if rule == "cross":
         return pivots
     same = rule == "intra"
-    return [pivot for pivot in pivots if (modality[pivot] == modality[source]) == same]
+    return [pivot for pivot in pivots if (kind(modality[pivot]) == kind(modality[source])) == same]
 
 
 def flow_rule(rho: float, threshold: float, *, misaligned: bool = False) -> str:

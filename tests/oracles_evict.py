@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from oracles import column_sums
+from oracles import column_sums, kind
 from torch import Tensor
 
 TIED = 1e-9
@@ -98,11 +98,11 @@ def row_entropy(head: Tensor, modality: list[int] | None = None) -> float:
     total = 0.0
     rows, tokens = head.shape
     for row in range(rows):
-        own = None if modality is None else modality[tokens - rows + row]
+        own = None if modality is None else kind(modality[tokens - rows + row])
         seen = [
             float(head[row, column])
             for column in range(tokens)
-            if float(head[row, column]) > 0 and (modality is None or modality[column] != own)
+            if float(head[row, column]) > 0 and (modality is None or kind(modality[column]) != own)
         ]
         mass = sum(seen) if modality is not None else 1.0
         total -= sum(a / mass * math.log(a / mass) for a in seen)

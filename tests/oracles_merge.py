@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 import torch
-from oracles import TEXT, TIE, best, cosine, h2o_scores, nearest
+from oracles import TEXT, TIE, best, cosine, h2o_scores, kind, nearest
 from torch import Tensor
 
 Edges = dict[int, dict[int, float]]  # source -> pivot -> weight
@@ -169,7 +169,9 @@ def nearest_edges(
     """`j*(i) = argmax_j u_ij` over *all* kept tokens (text, image, sinks, recent), per head; `m_i = max_j u_ij`."""
     edges, similarity = {}, {}
     for token in dropped(head, kept):
-        allowed = [p for p in kept if rule == "cross" or (modality[p] == modality[token]) == (rule == "intra")]
+        allowed = [
+            p for p in kept if rule == "cross" or (kind(modality[p]) == kind(modality[token])) == (rule == "intra")
+        ]
         target = nearest(token, allowed, head.keys)
         if target is not None:
             edges[token] = {target: 1.0}

@@ -163,6 +163,18 @@ class BudgetAllocator(Part):
             scores: of the same layers.
         """
 
+    def again(self, slots: Tensor, layers: Sequence[LayerView], scores: Sequence[Scores], before: Tensor) -> Tensor:
+        """Return the slots of each head at a compression while tokens are decoded, for an allocator of scope "model":
+        what `allocate` says, unless overridden.
+
+        Args:
+            slots: the uniform share per KV head and layer, `(batch,)` int64 on the CPU.
+            layers: all layers.
+            scores: of the same layers.
+            before: what each head held after the last compression, `(layers, batch, kv_heads)` int64 on the CPU.
+        """
+        return self.allocate(slots, layers, scores)
+
     def least(self, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Tensor:
         """Return the smallest uniform share of each row that `allocate` accepts, `(batch,)` int64 on the CPU; 1 unless
         overridden.

@@ -191,9 +191,17 @@ class Strategy:
         return replace(scores, protected=scores.protected & fits)
 
     @stage("select")
-    def allocate(self, slots: Tensor, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Tensor:
+    def allocate(
+        self, slots: Tensor, layers: Sequence[LayerView], scores: Sequence[Scores], *, decoded: int = 0
+    ) -> Tensor:
         """Return the slots of every head, `(layers, batch, kv_heads)`, none above what the head holds; without a
         selector nothing is shared out, and every head keeps what it holds.
+
+        Args:
+            slots: the uniform share, `(batch,)` int64 on the CPU.
+            layers: this layer alone, or all layers, as the allocator's `scope` says.
+            scores: of the same layers.
+            decoded: tokens since the last compression, where this one comes while tokens are decoded.
         """
         held = torch.stack([layer.valid.sum(dim=-1).cpu() for layer in layers])  # layers may be on several devices
         if self.selector is None:
@@ -201,7 +209,10 @@ class Strategy:
         if self.budget.or_smallest:
             slots = slots.maximum(self.allocator.least(layers, scores).minimum(held.amax(dim=(0, 2))))
         try:
-            allotted = self.allocator.allocate(slots, layers, scores)
+            if decoded:
+                allotted = self.allocator.again(slots, layers, scores, held - decoded)
+            else:
+                allotted = self.allocator.allocate(slots, layers, scores)
         except BudgetError as error:
             hint = f"; '{self.budget}{OR_SMALLEST}' takes that by itself" if error.smallest else ""
             raise BudgetError(f"recipe {self.name!r}: {error}{hint}", smallest=error.smallest) from None

@@ -26,8 +26,15 @@ class Modality(IntEnum):
     AUDIO = 3
 
 
+def kinds(modality: Tensor) -> Tensor:
+    """Return what is compared where modalities are told apart: images and videos are one kind, the visual tokens of the
+    FlowMM paper.
+    """
+    return modality.masked_fill(modality == Modality.VIDEO, Modality.IMAGE)
+
+
 class Rule(IntEnum):
-    """Which pivots a token may be merged into."""
+    """Which pivots a token may be merged into; images and videos count as one modality."""
 
     CROSS = 0  # any pivot
     INTRA = 1  # a pivot of its own modality
@@ -168,6 +175,11 @@ class LayerView:
         """Return `(batch, kv_heads, tokens)`."""
         batch, kv_heads, tokens = self.keys.shape[:3]
         return batch, kv_heads, tokens
+
+    @cached_property
+    def kinds(self) -> Tensor:
+        """Return what is compared where modalities are told apart, `(batch, kv_heads, tokens)` int8; see `kinds`."""
+        return kinds(self.modality)
 
     @property
     def form(self) -> SlotForm:

@@ -22,8 +22,13 @@ class Schedule:
         """Let go of what waits."""
         self._waiting.clear()
 
-    def compress(self, layer: LayerCompression) -> None:
-        """Compress a layer; with a model-wide allocator, all layers once the last one is given."""
+    def compress(self, layer: LayerCompression, decoded: int = 0) -> None:
+        """Compress a layer; with a model-wide allocator, all layers once the last one is given.
+
+        Args:
+            layer: that is compressed.
+            decoded: tokens since the last compression, where this one comes while tokens are decoded.
+        """
         prepared = layer.prepare()
         if self.strategy.allocator.scope == "layer":
             if prepared is not None:
@@ -32,16 +37,16 @@ class Schedule:
         if prepared is not None:
             self._waiting.append((layer, *prepared))
         if layer.number == layer.layers - 1 and self._waiting:
-            self._trim_together()
+            self._trim_together(decoded)
 
     def compress_decoded(self, layers: Sequence[LayerCompression]) -> None:
         """Compress all layers again after one more decoded token where the trigger says so: a budget is of all layers,
         which may share it unevenly.
         """
-        due = self._is_due(layers)
+        due, decoded = self._is_due(layers), layers[0].steps if layers[0].trimmed else 0
         for layer in layers:
             if due:
-                self.compress(layer)
+                self.compress(layer, decoded)
             else:
                 layer.fold()
 
@@ -50,10 +55,10 @@ class Schedule:
             return layers[0].steps >= self.strategy.trigger.every
         return bool((torch.stack([layer.excess() for layer in layers]).sum(dim=0) > 0).any())
 
-    def _trim_together(self) -> None:
+    def _trim_together(self, decoded: int) -> None:
         layers, views, scores = zip(*self._waiting, strict=True)
         self._waiting.clear()
         together = self.strategy.together(views, scores)
-        allotted = self.strategy.allocate(layers[0].share(), views, together)
+        allotted = self.strategy.allocate(layers[0].share(), views, together, decoded=decoded)
         for layer, slots, seen in zip(layers, allotted, together, strict=True):
             layer.trim(slots, seen)

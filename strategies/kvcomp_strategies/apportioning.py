@@ -14,10 +14,23 @@ import torch
 from torch import Tensor
 
 from kvcomp.core.errors import BudgetError
+from kvcomp.core.interfaces import BudgetAllocator
 from kvcomp.core.types import LayerView, Scores
 
 ROUNDING = 1e-9  # remainders (and quotas) nearer than this are equal
 FAINTEST = 1e-9  # of the largest weight: a bin without weight still gets what nobody else can hold
+
+
+class PromptAllocator(BudgetAllocator):
+    """Budgets of layers by what the last forward of several tokens tells of them. While tokens are decoded the layers
+    share as they did after that: what a layer has given up it could not use again.
+    """
+
+    scope = "model"
+
+    def again(self, slots: Tensor, layers: Sequence[LayerView], scores: Sequence[Scores], before: Tensor) -> Tensor:
+        """Return the slots of each head, `(layers, batch, kv_heads)`, in proportion to what it held before."""
+        return allot(before, slots, layers, scores)
 
 
 def held_tokens(layers: Sequence[LayerView]) -> Tensor:

@@ -353,3 +353,37 @@ def test_a_cache_that_compresses_at_every_token_can_be_cropped() -> None:
         assert cache.layers[0].indices[0, 0, -2:].tolist() == [39, 40]
         decode(model, cache, [8, 9, 10])
     assert cache.layers[0].indices[0, 0].tolist() == [0, 1, 2, 3, *range(28, 44)]
+
+
+SHARED_BY_PROMPT = ["d2o", "meda", "vl-cache", "prefixkv"]
+
+
+def shares(recipe: str, trigger: object, new: int) -> list[tuple[int, ...]]:
+    """Return what each layer holds after the prompt, and after each decoded token."""
+    model, held = tiny_llama(), []
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn.q_proj.weight.data *= 40 * 4**number  # attention is more peaked in later layers
+    with kvcomp.compress(model, recipe, budget=0.3, trigger=trigger) as cache, torch.no_grad():
+        ids = text_inputs(80)["input_ids"]
+        for _ in range(new + 1):
+            ids = model(input_ids=ids, past_key_values=cache).logits[:, -1:].argmax(dim=-1)
+            held.append(tuple(layer.slots[0] for layer in cache.report().layers))
+    return held
+
+
+@pytest.mark.parametrize("recipe", SHARED_BY_PROMPT)
+def test_what_a_layer_was_given_for_the_prompt_stays_its_own_while_tokens_are_decoded(recipe: str) -> None:
+    first, *later = shares(recipe, "over-budget", 40)
+    assert len(set(first)) > 1
+    assert set(later) == {first}
+
+
+@pytest.mark.parametrize("recipe", SHARED_BY_PROMPT)
+def test_a_budget_that_grows_is_shared_as_that_of_the_prompt_was(recipe: str) -> None:
+    first, *later = shares(recipe, {"every": 10}, 40)
+    compressed = later[9::10]
+    for times, held in enumerate(compressed, start=1):
+        total = len(first) * int((80 + 10 * times) * 0.3)
+        assert sum(held) == total
+        exact = [total * slots / sum(first) for slots in first]
+        assert max(abs(slots - quota) for slots, quota in zip(held, exact, strict=True)) < times

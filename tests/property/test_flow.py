@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import oracles
 import pytest
@@ -31,7 +32,7 @@ def test_theta_one_makes_every_layer_intra(sample: Sample, ratio: float) -> None
     strategy = kvcomp.strategy("flowmm", ratio, **{"policy.threshold": 1.0})
     seen = run(strategy, sample)
     assert strategy.policy.plan(seen.view).rule.tolist() == [Rule.INTRA] * sample.keys.shape[0]
-    source, target = seen.view.modality[..., None], seen.pivots.gather(seen.view.modality)[..., None, :]
+    source, target = seen.view.kinds[..., None], seen.pivots.gather(seen.view.kinds)[..., None, :]
     assert not bool(((seen.edges() > 0) & (source != target)).any())
 
 
@@ -168,3 +169,24 @@ def test_the_sampled_rho_is_near_and_hardly_biased(tokens: int, mean: float, wor
 def test_a_long_prompt_of_one_modality_has_no_rho() -> None:
     sample = make_sample(0, (600,), modalities=(Modality.IMAGE,), kv_heads=1, group=1)
     assert run(kvcomp.strategy("flowmm", 0.1), sample).plan.rho.isnan().all()
+
+
+INTRA = {"policy": {"use": "flow-guided", "threshold": 1.0}}
+BY_KIND = {
+    "flowmm": {},
+    "flowmm-misaligned": {},
+    "flowmm-no-gate": {"matcher": "nearby"},
+    "cam": INTRA,
+    "kvmerge": {**INTRA, "selector.borders": "modality"},
+}
+
+
+@given(seed=st.integers(0, 10**6), ratio=RATIO)
+@pytest.mark.parametrize("recipe", BY_KIND)
+def test_images_and_videos_are_one_kind(recipe: str, seed: int, ratio: float) -> None:
+    sample = make_sample(seed, lengths=(60, 41), modalities=(Modality.TEXT, Modality.IMAGE, Modality.VIDEO), held=6)
+    strategy = kvcomp.strategy(recipe, ratio, **BY_KIND[recipe])
+    visual = sample.modality.masked_fill(sample.modality == Modality.VIDEO, Modality.IMAGE)
+    one, other = run(strategy, sample), run(strategy, replace(sample, modality=visual))
+    assert_same(one, other)
+    torch.testing.assert_close(one.plan.rho, other.plan.rho, equal_nan=True, rtol=0, atol=0)

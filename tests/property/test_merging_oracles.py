@@ -44,7 +44,11 @@ def assert_clear_match(heads: list[Head], merged: list[Merged], modality: list[i
     """Discard draws in which two pivots are nearly, and not quite, as near to a token, or one is nearly passing."""
     for head, one in zip(heads, merged, strict=True):
         for token in oracles_merge.dropped(head, one.kept):
-            allowed = [p for p in one.kept if rule == "cross" or (modality[p] == modality[token]) == (rule == "intra")]
+            allowed = [
+                p
+                for p in one.kept
+                if rule == "cross" or (oracles.kind(modality[p]) == oracles.kind(modality[token])) == (rule == "intra")
+            ]
             gaps = [oracles.cosine(head.keys[token], head.keys[pivot]) for pivot in allowed]
             assume(told_apart(sorted(gaps)[-2:]))
         *similar, tau = one.similarity or [0.0]

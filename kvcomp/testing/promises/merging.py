@@ -42,8 +42,7 @@ def modality_rules(strategy: Strategy, sample: Sample) -> None:
     if strategy.selector is None:
         return
     seen = run(strategy, sample)
-    source = seen.view.modality[..., None]
-    target = seen.pivots.gather(seen.view.modality)[..., None, :]
+    source, target = seen.view.kinds[..., None], seen.pivots.gather(seen.view.kinds)[..., None, :]
     forbidden = {Rule.INTRA: source != target, Rule.HETERO: source == target, Rule.NONE: torch.tensor(True)}
     for rule, never in forbidden.items():
         edges = _under(seen, rule).edges() > 0

@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvcomp.core.interfaces import BudgetAllocator, Observation
+from kvcomp.core.interfaces import Observation
 from kvcomp.core.types import LayerView, Scores
-from kvcomp_strategies.apportioning import allot
+from kvcomp_strategies.apportioning import PromptAllocator, allot
 from kvcomp_strategies.observations.row_entropy import RowEntropy
 
 
-class EntropyAllocator(BudgetAllocator, use="entropy"):
+class EntropyAllocator(PromptAllocator, use="entropy"):
     """MEDA's layer budgets (AIoT-MLSys-Lab/MEDA, `kv_token_merge/v433_modeling_dynamic_llama.py`): each layer's share
     is the softmax over layers of its mean attention entropy.
 
@@ -27,8 +27,6 @@ class EntropyAllocator(BudgetAllocator, use="entropy"):
         over: `"all"` keys count, as in the official code; `"other-modality"` is the cross-modal entropy of the paper
             (arXiv:2502.17599), whose function the official code has and does not call.
     """
-
-    scope = "model"
 
     over: Literal["all", "other-modality"] = "all"
 

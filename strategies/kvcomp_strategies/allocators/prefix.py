@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvcomp.core.interfaces import BudgetAllocator
 from kvcomp.core.types import LayerView, Scores
-from kvcomp_strategies.apportioning import allot, held_tokens, protected_tokens
+from kvcomp_strategies.apportioning import PromptAllocator, allot, held_tokens, protected_tokens
 from kvcomp_strategies.ranking import counts_among_best
 
 
-class Prefix(BudgetAllocator, use="prefix"):
+class Prefix(PromptAllocator, use="prefix"):
     """PrefixKV's layer budgets (arXiv:2412.03409; THU-MIG/PrefixKV, `prefixkv.py`): each layer keeps the shortest
     prefix of its tokens, sorted by importance, that holds a share of all importance; the share is the same for every
     layer and as large as the budget allows. What is protected comes on top.
@@ -26,8 +25,6 @@ class Prefix(BudgetAllocator, use="prefix"):
     found and stores the sizes per model and ratio; here every prompt gets its own, and the sum is exact: the prefixes
     grow token by token, where the share held so far is smallest, equal ones at the earlier layer.
     """
-
-    scope = "model"
 
     def allocate(self, slots: Tensor, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Tensor:
         """Return the slots of each head, `(layers, batch, kv_heads)`."""

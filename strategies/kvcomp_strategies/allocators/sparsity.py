@@ -8,13 +8,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kvcomp.core.interfaces import BudgetAllocator, Observation
+from kvcomp.core.interfaces import Observation
 from kvcomp.core.types import LayerView, Scores
-from kvcomp_strategies.apportioning import allot
+from kvcomp_strategies.apportioning import PromptAllocator, allot
 from kvcomp_strategies.observations.sparsity import Sparsity
 
 
-class SparsityAllocator(BudgetAllocator, use="sparsity"):
+class SparsityAllocator(PromptAllocator, use="sparsity"):
     """VL-Cache's layer budgets (arXiv:2410.23317; EffiVLM-Bench/EffiVLM-Bench,
     `kv_cache_compression/kv_cache_utils.py`, `VlCacheKVCluster`): in proportion to the density of the attention of the
     queries after the last image.
@@ -27,8 +27,6 @@ class SparsityAllocator(BudgetAllocator, use="sparsity"):
         threshold: an entry counts that is at least this part of the largest of its row.
         window: see the observation `sparsity`.
     """
-
-    scope = "model"
 
     threshold: float = Field(default=0.01, gt=0.0, lt=1.0)
     window: int = Field(default=32, ge=1)

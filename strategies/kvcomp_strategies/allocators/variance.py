@@ -9,15 +9,15 @@ from einops import repeat
 from pydantic import Field
 from torch import Tensor
 
-from kvcomp.core.interfaces import BudgetAllocator, Observation
+from kvcomp.core.interfaces import Observation
 from kvcomp.core.types import LayerView, Scores
-from kvcomp_strategies.apportioning import allot, even_share, held_tokens, needed_beside
+from kvcomp_strategies.apportioning import PromptAllocator, allot, even_share, held_tokens, needed_beside
 from kvcomp_strategies.observations.received_attention import ReceivedSums
 
 EPS = 1e-6  # of the official code
 
 
-class VarianceAllocator(BudgetAllocator, use="variance"):
+class VarianceAllocator(PromptAllocator, use="variance"):
     """D2O's layer budgets (AIoT-MLSys-Lab/D2O, `LMEval_kv_token_merge/modeling_llama3_new.py`): `softmax(-x)` over
     layers.
 
@@ -34,8 +34,6 @@ class VarianceAllocator(BudgetAllocator, use="variance"):
             `[0, 1, -1]` on top of its budget; here they are inside it, and a budget that they exceed is refused.
     """
 
-    scope = "model"
-
     skip_layers: tuple[int, ...] = Field(default=(), strict=False)
 
     def observations(self) -> tuple[Observation, ...]:
@@ -50,6 +48,10 @@ class VarianceAllocator(BudgetAllocator, use="variance"):
         """
         spread = torch.stack([_spread(layer).cpu() for layer in layers])  # (layers, batch)
         return allot((-spread).softmax(dim=0)[..., None], slots, layers, scores, self._whole(layers))
+
+    def again(self, slots: Tensor, layers: Sequence[LayerView], scores: Sequence[Scores], before: Tensor) -> Tensor:
+        """Return the slots of each head, `(layers, batch, kv_heads)`, as before; the skipped layers keep everything."""
+        return allot(before, slots, layers, scores, self._whole(layers))
 
     def least(self, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Tensor:
         """Return the share that holds the skipped layers and 1 slot per head of the others, `(batch,)`."""

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kvcomp.core.interfaces import Observation
-from kvcomp.core.types import AttentionBlock, Modality
+from kvcomp.core.types import AttentionBlock, Modality, kinds
 
 Flow = tuple[Tensor, Tensor]  # attention to other modalities, and to all tokens, each (batch, heads)
 
@@ -19,9 +19,9 @@ class CrossModalFlow(Observation, use="cross-modal-flow"):
     """The inner fraction of FlowMM's Eq. 6 per query head, `(batch, heads)` float32: attention to keys of another
     modality / all attention.
 
-    The mean over heads is the policy's work. "Heterogeneous" means any other modality, so more than two are served.
-    Only image, video and audio placeholders are non-text; the special tokens around them are text (row r of the
-    FlowMM card).
+    The mean over heads is the policy's work. Images and videos are one modality, the paper's visual tokens; audio is a
+    third, and "heterogeneous" means any other. Only image, video and audio placeholders are non-text; the special
+    tokens around them are text (row r of the FlowMM card).
 
     The sum of Eq. 7 runs over all rows of the prompt. It is exact up to `exact` queries; above, one seeded random row
     in each of `strata` equal strata estimates it (a fixed stride would alias with the period of the image layout).
@@ -70,12 +70,12 @@ class CrossModalFlow(Observation, use="cross-modal-flow"):
     def update(self, state: Flow | None, block: AttentionBlock) -> Flow:
         """Return the flow with the block's rows added."""
         batch, heads, rows, seen = block.leading.shape
-        kinds = torch.arange(-1, len(Modality), device=block.modality.device)[:, None]  # all keys are foreign to -1
-        foreign = (block.modality[:, :, None, :seen] != kinds) & block.valid[:, :, None, :seen]
+        every = torch.arange(-1, len(Modality), device=block.modality.device)[:, None]  # all keys are foreign to -1
+        foreign = (kinds(block.modality)[:, :, None, :seen] != every) & block.valid[:, :, None, :seen]
         foreign = foreign.to(block.leading.dtype)  # (batch, kv_heads, 1 + modalities, seen)
         grouped = block.leading.view(batch, foreign.shape[1], -1, seen)  # query heads of a group one after another
         flow = (grouped @ foreign.transpose(-1, -2)).view(batch, heads, rows, -1)
-        other = block.row_modality.long()[:, None, :, None].expand(-1, heads, -1, 1) + 1
+        other = kinds(block.row_modality).long()[:, None, :, None].expand(-1, heads, -1, 1) + 1
         crossing, total = flow.gather(3, other).sum(dim=(2, 3)), flow[..., 0].sum(dim=2)
         return (crossing, total) if state is None else (state[0] + crossing, state[1] + total)
 

@@ -89,8 +89,8 @@ class AdjacentClusters(PivotSelector, use="adjacent-clusters"):
         similarity = F.pad((keys[:, :, 1:] * keys[:, :, :-1]).sum(dim=-1), (1, 0))
         similarity = (similarity * STEP).round()
         if self.borders == "modality":
-            modality = layer.modality.gather(2, order)
-            similarity = similarity.masked_fill(F.pad(modality.diff(dim=-1), (1, 0)) != 0, -NEVER)
+            borders = F.pad(layer.kinds.gather(2, order).diff(dim=-1), (1, 0)) != 0
+            similarity = similarity.masked_fill(borders, -NEVER)
         return Row(
             order=order,
             valid=valid,
