@@ -102,6 +102,8 @@ def _blocks(inputs: AttentionInputs, keys: Tensor, rows: Tensor | None, queries_
             row_valid=valid,
             modality=inputs.modality,
             valid=inputs.valid,
+            columns=inputs.query_columns.expand(batch, -1).gather(1, queried),
+            key_columns=inputs.key_columns,
             queries=queries,
             rotary=None if inputs.rotary is None else inputs.rotary.rows(queried),
             scaling=inputs.scaling,

@@ -85,6 +85,8 @@ class AttentionBlock:
         row_valid: `(batch, rows)` bool.
         modality: of the keys, `(batch, kv_heads, tokens)` int8.
         valid: of the keys, `(batch, kv_heads, tokens)` bool.
+        columns: of the rows in the attention mask, padding counted, `(batch, rows)` int64.
+        key_columns: of the keys, `(batch or 1, kv_heads or 1, tokens)` int64.
         queries: of the rows, `(batch, heads, rows, head_dim)`, after rotary embedding; what pads hold means nothing.
         rotary: how these queries were rotated, for all heads alike; None unless the observation says `rotary`.
         scaling: the model's factor of the logits.
@@ -96,6 +98,8 @@ class AttentionBlock:
     row_valid: Tensor
     modality: Tensor
     valid: Tensor
+    columns: Tensor
+    key_columns: Tensor
     queries: Tensor
     rotary: Rotary | None = None
     scaling: float = 1.0
@@ -108,6 +112,17 @@ class AttentionBlock:
         it must be, and use `widened`.
         """
         return self.widened(self.leading)
+
+    @property
+    def visible(self) -> Tensor:
+        """Return which of the leading tokens each row may see, `(batch, heads, rows, leading)` bool: those that do not
+        come after it, be their probability too small for float32, and whatever it gives attention to (images of some
+        models see each other).
+        """
+        heads, seen = self.leading.shape[1], self.leading.shape[-1]
+        reached = self.key_columns[:, :, None, :seen] <= self.columns[:, None, :, None]
+        reached = reached & self.valid[:, :, None, :seen] & self.row_valid[:, None, :, None]
+        return reached.repeat_interleave(heads // reached.shape[1], dim=1) | (self.leading > 0)
 
     def widened(self, values: Tensor) -> Tensor:
         """Return values of the leading tokens, `(..., leading)`, as those of all tokens, 0 for the rest."""

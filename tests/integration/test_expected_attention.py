@@ -8,11 +8,13 @@ import oracles_recon
 import pytest
 import torch
 from inference import generate
-from models import image_inputs, text_inputs, tiny_llama, tiny_phi3, tiny_qwen_vl
+from kvcomp_strategies.scorers.expected_attention import expected_rotation
+from models import image_inputs, text_inputs, tiny_cohere, tiny_glm, tiny_llama, tiny_phi3, tiny_qwen_vl
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 import kvcomp
+from kvcomp import LayerView
 
 POSITIONS = 40
 MODELS = {
@@ -74,6 +76,39 @@ def test_what_is_kept_is_what_the_models_own_rotations_give(family):
             members = list(queries[layer][head * group : (head + 1) * group])
             scores = oracles_expected.expected_scores(members, keys[head], values[head], turn, scaling)
             assert mine.indices[0, head].tolist() == oracles_recon.kept(scores, slots, sinks=4)
+
+
+class Views:
+    """Remembers what layers looked like when they were compressed."""
+
+    def __init__(self) -> None:
+        self.seen: list[LayerView] = []
+
+    def compressed(self, view: LayerView, plan: object) -> None:
+        self.seen.append(view)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("tokens", [100, 400, 1500])
+@pytest.mark.parametrize("family", [tiny_llama, tiny_phi3, tiny_glm, tiny_cohere, tiny_qwen_vl])
+def test_rotations_to_come_are_not_those_of_a_rounded_step(family, tokens, dtype):
+    """Cos and sin come in the model's dtype, and 512 steps would make their rounding 512 times as large."""
+    model, views = family(), Views()
+    inputs = text_inputs(tokens) if family is not tiny_qwen_vl else image_inputs(images=tokens // 20, between=16)
+    count = inputs["input_ids"].shape[1]
+    with kvcomp.compress(model.to(dtype), "expected-attention", budget=0.4, watcher=views) as cache, torch.no_grad():
+        model(**inputs, past_key_values=cache)
+    upcoming = cache.layers[0].upcoming_positions()
+    decoder = model.get_decoder()
+    places = (count if upcoming is None else int(upcoming[0, 0])) + torch.arange(512)[None]
+    places = places.expand(3, 1, -1) if family is tiny_qwen_vl else places
+    cos, sin = (part.reshape(-1, 512, part.shape[-1])[0] for part in decoder.rotary_emb(torch.ones(1), places))
+    mean = expected_rotation(views.seen[0], 512)
+    width = slice(0, None, 2) if family is tiny_cohere else slice(cos.shape[-1] // 2)
+    for found, truth in ((mean.cos, cos), (mean.sin, sin)):
+        torch.testing.assert_close(
+            found[0, 0, 0], truth.mean(dim=0)[width], rtol=0, atol=0.03 if tokens < 200 else 0.015
+        )
 
 
 def test_compressing_while_tokens_are_decoded_is_refused():

@@ -178,6 +178,8 @@ def _rows(block: AttentionBlock, rows: slice) -> AttentionBlock:
         row_valid=block.row_valid[:, rows],
         modality=block.modality,
         valid=block.valid,
+        columns=block.columns[:, rows],
+        key_columns=block.key_columns,
         queries=block.queries[:, :, rows],
         rotary=None if block.rotary is None else block.rotary.rows(_places(block, rows)),
         scaling=block.scaling,

@@ -16,8 +16,8 @@ class Sparsity(AfterVision, use="sparsity"):
     """VL-Cache's sparsity per query head, `(batch, heads)` float32: of the entries of the attention rows after the last
     image, the share that is below a part of the largest of their row.
 
-    EffiVLM-Bench/EffiVLM-Bench, `kv_cache_compression/kv_cache_utils.py`. Entries are those that a query can see: with
-    a probability above 0 in float32. Where there is no image, or nothing after it, see `post-vision`.
+    EffiVLM-Bench/EffiVLM-Bench, `kv_cache_compression/kv_cache_utils.py`. Entries are those that a query can
+    see, be their probability 0 in float32. Where there is no image, or nothing after it, see `post-vision`.
 
     Attributes:
         threshold: the part of the largest entry.
@@ -28,7 +28,7 @@ class Sparsity(AfterVision, use="sparsity"):
 
     def update(self, state: Counts | None, block: AttentionBlock) -> Counts:
         """Return the counts with the block's rows added."""
-        visible = block.leading > 0
+        visible = block.visible
         large = visible & (block.leading >= self.threshold * block.leading.amax(dim=-1, keepdim=True))
         counts = large.sum(dim=(2, 3)), visible.sum(dim=(2, 3))
         return counts if state is None else (state[0] + counts[0], state[1] + counts[1])

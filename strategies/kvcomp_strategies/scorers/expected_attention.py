@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field
 from torch import Tensor
@@ -13,6 +15,9 @@ from kvcomp.core.interfaces import Observation, Scorer
 from kvcomp.core.rotary import Rotary
 from kvcomp.core.types import LayerView
 from kvcomp_strategies.observations.query_statistics import QueryStatistics
+
+SAMPLED, TOGETHER = 128, 8  # tokens that tell how rotations go on, and how many of them at a time
+BEYOND = 2**40  # farther away than any token
 
 
 class ExpectedAttention(Scorer, use="expected-attention"):
@@ -24,10 +29,10 @@ class ExpectedAttention(Scorer, use="expected-attention"):
         R = mean of R_p over p = T + 1 ... T + positions,   mu' = R mu,   C' = R C R^T
         s_j = (softmax_j(k_j mu' / sqrt(d) + k_j C' k_j / (2 d)), mean over the query heads, + epsilon) |v_j|_2
 
-    It asks for no question and feeds nothing twice. The next rotations are read from those of the prompt: two tokens
-    of a row whose positions follow each other in every axis tell by how much one step turns, so that partial rotary
-    embeddings, scaled ones and M-RoPE need no code of their own. A row without two such tokens (an image and nothing
-    else, under M-RoPE) takes the last token's rotation for all positions.
+    It asks for no question and feeds nothing twice. The next rotations are read from those of the prompt: tokens that
+    are as far apart in every axis of positions tell by how much one step turns, so that partial rotary embeddings,
+    scaled ones and M-RoPE need no code of their own. A row without two such neighbours (an image and nothing else,
+    under M-RoPE) takes the last token's rotation for all positions.
 
     Deviations:
 
@@ -95,6 +100,21 @@ class ExpectedAttention(Scorer, use="expected-attention"):
         return QueryStatistics(sinks=self.sinks)
 
 
+class Course(NamedTuple):
+    """How rotations go on from a token: n positions later a pair is turned by `angle + n step`.
+
+    Attributes:
+        angle, step: `(batch, kv_heads, pairs)` float64.
+        size: by how much a pair is stretched as well, 1 but for scaled rotations, likewise.
+        ahead: positions between the token and the last of its row, `(batch, kv_heads)` int64.
+    """
+
+    angle: Tensor
+    step: Tensor
+    size: Tensor
+    ahead: Tensor
+
+
 def expected_rotation(layer: LayerView, positions: int) -> Rotary:
     """Return the mean of the rotations of the positions after the last, `(batch, kv_heads, 1, pairs)`: no rotation, as
     cos and sin of different angles cancel.
@@ -104,31 +124,95 @@ def expected_rotation(layer: LayerView, positions: int) -> Rotary:
         positions: how many.
     """
     assert layer.rotary is not None
-    cos, sin = layer.rotary.cos.float(), layer.rotary.sin.float()
-    step, at = _step(layer, torch.atan2(sin, cos))  # (batch, kv_heads, pairs), (batch, kv_heads)
-    index = at[..., None, None].expand(*at.shape, 1, cos.shape[-1])
-    cos, sin = cos.gather(2, index), sin.gather(2, index)  # of the token that later ones are counted from
-    largest = layer.positions.masked_fill(~layer.valid, -1).amax(dim=(0, 3))
-    own = layer.positions.gather(3, at[None, ..., None].expand(len(layer.positions), -1, -1, 1))[..., 0]
-    ahead = (largest - own.amax(dim=0))[..., None] + torch.arange(1, positions + 1, device=at.device)
-    angles = ahead[..., None] * step[:, :, None]  # (batch, kv_heads, positions, pairs)
-    cosines, sines = angles.cos().mean(dim=2, keepdim=True), angles.sin().mean(dim=2, keepdim=True)
-    return Rotary(cos * cosines - sin * sines, sin * cosines + cos * sines, layer.rotary.interleaved)
+    course = _course(layer, layer.rotary)
+    ahead = course.ahead[..., None] + torch.arange(1, positions + 1, device=course.ahead.device)
+    angles = (
+        course.angle[:, :, None] + ahead[..., None] * course.step[:, :, None]
+    )  # (batch, kv_heads, positions, pairs)
+    cosines, sines = (turn(angles).mean(dim=2) * course.size for turn in (torch.cos, torch.sin))
+    return Rotary(cosines.float()[:, :, None], sines.float()[:, :, None], layer.rotary.interleaved)
 
 
-def _step(layer: LayerView, angles: Tensor) -> tuple[Tensor, Tensor]:
-    """Return by how much one position turns each pair, `(batch, kv_heads, pairs)`, and the token to count from,
-    `(batch, kv_heads)`: the later of the last two neighbours whose positions follow each other in every axis; without
-    such, no turn and the last valid token.
+def _course(layer: LayerView, rotary: Rotary) -> Course:
+    """Return how rotations go on, from a line through the angles of the tokens that stand in one row of positions.
+
+    Two neighbours tell by how much a step turns, up to the rounding of a model's cos and sin, which is 0.004 in
+    bfloat16 and 512 times that after 512 steps. So tokens farther and farther away make it more precise, each near
+    enough for the last to tell how often it went round, and a line through all of them the most.
     """
-    follows = (layer.positions.diff(dim=-1) == 1).all(dim=0) & layer.valid[..., 1:] & layer.valid[..., :-1]
-    places = torch.arange(layer.shape[2], device=angles.device)
+    start, found = _start(layer)
+    away, places = _sampled(layer, start, found)
+    index = places[..., None].expand(-1, -1, -1, rotary.cos.shape[-1])
+    cos, sin = rotary.cos.gather(2, index).double(), rotary.sin.gather(2, index).double()
+    back = _wrapped(torch.atan2(sin, cos) - torch.atan2(sin, cos)[:, :, :1])  # from the token that is counted from
+    step = _stepwise(away, -back)
+    offset, slope = _line(away, _wrapped(back + away[..., None] * step[:, :, None]))
+    largest = layer.positions.masked_fill(~layer.valid, -1).amax(dim=(0, 3))
+    own = layer.positions.gather(3, start[None, ..., None].expand(len(layer.positions), -1, -1, 1))[..., 0].amax(dim=0)
+    return Course(
+        angle=torch.atan2(sin, cos)[:, :, 0] + offset,
+        step=step - slope,
+        size=(cos.square() + sin.square()).sqrt().mean(dim=2),
+        ahead=largest.long() - own,
+    )
+
+
+def _start(layer: LayerView) -> tuple[Tensor, Tensor]:
+    """Return the token to count from, `(batch, kv_heads)` int64: the later of the last two neighbours whose positions
+    follow each other in every axis, else the last valid token; and whether there are such neighbours, bool.
+    """
+    places = torch.arange(layer.shape[2], device=layer.positions.device)
     last = torch.where(layer.valid, places, 0).amax(dim=-1)
-    if layer.shape[2] == 1:
-        return torch.zeros_like(angles[:, :, 0]), last
-    neighbour = torch.where(follows, places[1:], 0).amax(dim=-1)
-    found = neighbour > 0
-    index = neighbour.clamp(min=1)[..., None, None].expand(*neighbour.shape, 1, angles.shape[-1])
-    turn = (angles.gather(2, index) - angles.gather(2, index - 1))[:, :, 0]
-    turn = torch.remainder(turn + math.pi, 2 * math.pi) - math.pi  # the step of a pair is less than half a turn
-    return torch.where(found[..., None], turn, 0.0), torch.where(found, neighbour, last)
+    follows = (layer.positions.diff(dim=-1) == 1).all(dim=0) & layer.valid[..., 1:] & layer.valid[..., :-1]
+    neighbour = (F.pad(follows, (1, 0)) * places).amax(dim=-1)
+    return torch.where(neighbour > 0, neighbour, last), neighbour > 0
+
+
+def _sampled(layer: LayerView, start: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+    """Return some tokens that lie as far before the first of them, `start`, in every axis, nearest first and ever
+    farther apart: how far, and their places, `(batch, kv_heads, SAMPLED)` int64 each. Where no neighbours were
+    `found`, the first one alone.
+    """
+    positions = layer.positions.long()
+    differ = positions.gather(3, start[None, ..., None].expand(len(positions), -1, -1, 1)) - positions
+    before = (differ == differ[:1]).all(dim=0) & (differ[0] >= 0) & layer.valid & found[..., None]
+    places = torch.arange(layer.shape[2], device=start.device)
+    order = torch.where(before, differ[0], BEYOND).masked_fill(places == start[..., None], -1).argsort(dim=-1)
+    count = before.sum(dim=-1, keepdim=True).clamp(min=1).double()
+    ranks = count.pow(torch.linspace(0, 1, SAMPLED, dtype=torch.float64, device=start.device)).round().long() - 1
+    chosen = order.gather(2, ranks)
+    return differ[0].gather(2, chosen), chosen
+
+
+def _stepwise(away: Tensor, turned: Tensor) -> Tensor:
+    """Return by how much one position turns each pair, `(batch, kv_heads, pairs)`.
+
+    Args:
+        away: of tokens, nearest first, `(batch, kv_heads, SAMPLED)`.
+        turned: by how much all these steps do, up to whole rounds, `(batch, kv_heads, SAMPLED, pairs)`.
+    """
+    next_to = (away == 1)[..., None]
+    step = (turned * next_to).sum(dim=2) / next_to.sum(dim=2).clamp(min=1)
+    for far, turn in zip(torch.split(away, TOGETHER, dim=2), torch.split(turned, TOGETHER, dim=2), strict=True):
+        rest = _wrapped(turn - far[..., None] * step[:, :, None]) / far.clamp(min=1)[..., None]
+        counted = (far > 0)[..., None]
+        step = step + (rest * counted).sum(dim=2) / counted.sum(dim=2).clamp(min=1)
+    return step
+
+
+def _line(along: Tensor, heights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the height at 0 and the slope of the line with the least squares, `(batch, kv_heads, pairs)` each.
+
+    Args:
+        along: `(batch, kv_heads, points)`.
+        heights: `(batch, kv_heads, points, pairs)`.
+    """
+    centre, level = along.double().mean(dim=2, keepdim=True), heights.mean(dim=2)
+    apart = (along - centre)[..., None]
+    slope = (apart * heights).sum(dim=2) / apart.square().sum(dim=2).clamp(min=1)
+    return level - centre * slope, slope
+
+
+def _wrapped(angles: Tensor) -> Tensor:
+    """Return angles between minus and plus half a turn."""
+    return torch.remainder(angles + math.pi, 2 * math.pi) - math.pi

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import lru_cache, partial
 from typing import Literal
 
@@ -19,6 +20,7 @@ from kvcomp_strategies.cutting import Cut, cut_all, plain_tokens
 from kvcomp_strategies.observations.query_peaks import QueryPeaks
 from kvcomp_strategies.pieces import Code, Coded, Piece, Plain, Tiered, held, high_first, owned, packed_tier
 from kvcomp_strategies.quantization import CHANNELS
+from kvcomp_strategies.windows import share_of
 
 FITTED_BITS = (4, 2)  # of what is not important, where the bytes decide
 BALANCE_BYTES = 4  # of one channel's factor, float32
@@ -72,13 +74,13 @@ class MixedStore(CodedStore, use="mixed"):
     def smallest(self, slots: Tensor, form: SlotForm) -> Tensor:
         """Return the bytes with 2 bits and nothing precise; with given bits, the bytes that this many slots take."""
         if self.bits is not None:
-            return form.heads * self._nbytes(slots, (slots * self.important).long(), self.bits, form)
+            return form.heads * self._nbytes(slots, share_of(slots, self.important), self.bits, form)
         return form.heads * self._nbytes(slots, slots * 0, FITTED_BITS[-1], form).minimum(slots * form.slot_bytes)
 
     def setting(self, slots: int, limit: int | None, form: SlotForm) -> Mix | None:
         """Return how a head of so many slots is coded."""
         if self.bits is not None:
-            return Mix(self.bits, int(slots * self.important))
+            return Mix(self.bits, int(share_of(torch.tensor(slots), self.important)))
         if limit is None or limit >= slots * form.slot_bytes:
             return None
         return _fitted(self, slots, limit, form)
@@ -173,11 +175,11 @@ def _balance(piece: Piece) -> Tensor | None:
 @lru_cache(maxsize=4096)  # every layer and head of a request asks the same
 def _fitted(store: MixedStore, slots: int, limit: int, form: SlotForm) -> Mix:
     """Return the bits, and the most precise slots, with which a head fits."""
-    most = 0
+    needed, most = Fraction(str(store.important)) * slots, 0
     for bits in FITTED_BITS:
         sizes = store._nbytes(torch.tensor(slots), torch.arange(slots + 1), bits, form)
         fitting = (sizes <= limit).nonzero()[:, 0].tolist()
         most = fitting[-1] if fitting else 0
-        if fitting and most >= store.important * slots:
+        if fitting and most >= needed:
             return Mix(bits, most)
     return Mix(FITTED_BITS[-1], most)

@@ -58,8 +58,8 @@ def test_fewer_followers_share_in_larger_parts() -> None:
     ids=lambda value: value.name if isinstance(value, Rule) else "",
 )
 def test_the_rule_limits_the_modalities(rule: Rule, expected: list[list[int]]) -> None:
-    """Pivots 0, 2, 5, 6, 7 are of modality 0, 1, 0, 1, 0 and the tokens 1, 3, 4 of 0, 1 and 2."""
-    modality = [0, 0, 1, 1, 2, 0, 1, 0]
+    """Pivots 0, 2, 5, 6, 7 are of modality 0, 1, 0, 1, 0 and the tokens 1, 3, 4 of 0, 1 and 3."""
+    modality = [0, 0, 1, 1, 3, 0, 1, 0]
     edges = match(prompt(CERTAIN, modality), rule, window=2)
     assert edges.targets[0, 0].tolist() == expected
 

@@ -77,7 +77,7 @@ def test_no_pivot_is_open_so_nothing_is_merged() -> None:
     ids=lambda value: value.name if isinstance(value, Rule) else "",
 )
 def test_the_rule_limits_the_modalities(rule: Rule, expected: list[int]) -> None:
-    view = plane(0, 44.9 + 1, 90, 80, 185, 120, modality=[0, 0, 1, 1, 2, 2])
+    view = plane(0, 44.9 + 1, 90, 80, 185, 120, modality=[0, 0, 1, 1, 3, 3])
     assert targets(match(view, rule=rule)) == expected
 
 

@@ -20,6 +20,8 @@ def block(
         row_valid=torch.tensor([valid or [True] * count]),
         modality=torch.tensor([[keys]], dtype=torch.int8),
         valid=torch.ones(1, 1, len(keys), dtype=torch.bool),
+        columns=torch.arange(count)[None],
+        key_columns=torch.arange(len(keys))[None, None],
         queries=torch.zeros(1, 1, count, 4),
     )
 
@@ -39,9 +41,15 @@ def test_by_hand() -> None:
 
 
 def test_any_other_modality_is_foreign() -> None:
-    """Text, image, video: each of the other two counts."""
-    assert flow(block([[0.2, 0.3, 0.5]], [2], [0, 1, 2])) == pytest.approx(0.5)
-    assert flow(block([[0.2, 0.3, 0.5]], [0], [0, 1, 2])) == pytest.approx(0.8)
+    """Text, image, audio: each of the other two counts."""
+    assert flow(block([[0.2, 0.3, 0.5]], [3], [0, 1, 3])) == pytest.approx(0.5)
+    assert flow(block([[0.2, 0.3, 0.5]], [0], [0, 1, 3])) == pytest.approx(0.8)
+
+
+def test_images_and_videos_are_not_foreign_to_each_other() -> None:
+    """Text, image, video: the paper's Eq. 7 knows text and visual tokens."""
+    assert flow(block([[0.2, 0.3, 0.5]], [2], [0, 1, 2])) == pytest.approx(0.2)
+    assert flow(block([[0.2, 0.3, 0.5]], [1], [0, 1, 2])) == pytest.approx(0.2)
 
 
 def test_rows_of_pads_do_not_count() -> None:

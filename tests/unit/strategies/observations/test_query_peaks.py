@@ -10,7 +10,7 @@ def block(queries: list[list[float]], valid: list[bool]) -> AttentionBlock:
     rows = torch.zeros(1, len(queries), dtype=torch.long)
     probs = torch.zeros(1, 1, len(queries), 1)
     return AttentionBlock(
-        probs, rows, rows, torch.tensor([valid]), rows, rows.bool(), torch.tensor(queries)[None, None]
+        probs, rows, rows, torch.tensor([valid]), rows, rows.bool(), rows, rows[None], torch.tensor(queries)[None, None]
     )
 
 

@@ -12,7 +12,7 @@ TOKENS = 2
 def block(*rows: list[float]) -> AttentionBlock:
     probs = torch.tensor(rows)[None, None]
     nothing, keys = torch.zeros(1, len(rows), dtype=torch.long), torch.zeros(1, 1, TOKENS, dtype=torch.long)
-    return AttentionBlock(probs, nothing, nothing, nothing.bool(), keys, keys.bool(), nothing.float())
+    return AttentionBlock(probs, nothing, nothing, nothing.bool(), keys, keys.bool(), nothing, keys, nothing.float())
 
 
 def test_columns_are_summed_over_blocks() -> None:

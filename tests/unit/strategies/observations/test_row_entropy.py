@@ -19,6 +19,8 @@ def entropy(probs: list[list[float]], keys: list[int], rows: list[int], over: st
         row_valid=valid,
         modality=modality,
         valid=torch.ones_like(modality, dtype=torch.bool),
+        columns=torch.arange(len(rows))[None],
+        key_columns=torch.arange(len(keys))[None, None],
         queries=torch.zeros(*attention.shape[:3], 4),
     )
     observation = RowEntropy(over=over)  # type: ignore[arg-type]

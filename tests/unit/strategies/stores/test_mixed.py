@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import oracles_quant as oracles
 import pytest
@@ -81,6 +82,19 @@ def test_protected_slots_are_precise_first_and_the_latest_of_them() -> None:
         storage.replace(keys, values, None, guide(10**6, importance, queries))
         exact = (storage.read()[1] == values).all(dim=-1)
         assert exact[0, 0].nonzero()[:, 0].tolist() == precise
+
+
+@pytest.mark.parametrize("share", [0.07, 0.14, 0.21, 0.28, 0.29, 0.39, 0.55, 0.58, 0.7])
+@pytest.mark.parametrize("tokens", [90, 100, 300])
+def test_a_share_of_important_slots_is_the_decimal_as_written(tokens: int, share: float) -> None:
+    """And the smallest budget is what the slots then take."""
+    keys, values, queries = head_slots(tokens)
+    store = MixedStore(bits=2, important=share, group=4)
+    form = SlotForm(1, 2, DIM, DIM, 4)
+    assert store.setting(tokens, None, form).high == Fraction(str(share)) * tokens // 1
+    storage = store.open()
+    storage.replace(keys, values, None, guide(10**6, torch.zeros(1, 2, tokens), queries))
+    assert storage.nbytes() == int(store.smallest(torch.tensor(tokens), form))
 
 
 def test_the_balancer_evens_out_queries_and_keys() -> None:
