@@ -25,6 +25,7 @@ from torch import nn
 from kvcomp.lab.bench import Case, Shape, build_model, find_shape, make_cases
 from kvcomp.lab.bench.cases import STOCK
 from kvcomp.lab.threads import torch_threads
+from kvcomp.runtime.cache_argument import CACHE
 
 BASE = 64  # tokens of a cache so short that its length does not matter
 BUDGET = 0.2
@@ -41,13 +42,13 @@ def medians(shape: Shape, models: dict[bool, nn.Module], cases: list[Case], toke
         for case in cases:
             model: Any = models[case.strategy is None]
             caches.append(stack.enter_context(case.open(model, tokens, decoded)).cache)
-            last.append(_next(model(**prompt, past_key_values=caches[-1], use_cache=True, logits_to_keep=1)))
+            last.append(_next(model(**prompt, **{CACHE: caches[-1]}, use_cache=True, logits_to_keep=1)))
         for step in range(decoded):
             for place in range(len(cases)):
                 number = (place + step) % len(cases)
                 model = models[cases[number].strategy is None]
                 started = time.thread_time()
-                last[number] = _next(model(input_ids=last[number], past_key_values=caches[number], use_cache=True))
+                last[number] = _next(model(input_ids=last[number], **{CACHE: caches[number]}, use_cache=True))
                 seconds[number].append(time.thread_time() - started)
     return [statistics.median(each) for each in seconds]
 

@@ -22,6 +22,7 @@ from kvcomp.core.config import strategy as build_strategy
 from kvcomp.core.errors import ConfigError, InputError
 from kvcomp.lab.images import open_image
 from kvcomp.runtime.cache import CompressedCache
+from kvcomp.runtime.cache_argument import CACHE
 from kvcomp.runtime.report import Report
 from kvcomp.runtime.session import compress
 
@@ -87,9 +88,7 @@ def run(
 
 def generate(model: Any, inputs: Mapping[str, Any], cache: CompressedCache, most: int, advance: Advance) -> Tensor:
     """Return the ids of the greedy answer, `(tokens,)`."""
-    output = model.generate(
-        **inputs, past_key_values=cache, max_new_tokens=most, do_sample=False, streamer=Ticks(advance)
-    )
+    output = model.generate(**inputs, **{CACHE: cache}, max_new_tokens=most, do_sample=False, streamer=Ticks(advance))
     new: Tensor = output[0, count_tokens(inputs) :]
     return new
 

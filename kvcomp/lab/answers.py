@@ -14,6 +14,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from kvcomp.core.strategy import Strategy
 from kvcomp.lab.batches import Batch, QueryMode, continued
 from kvcomp.runtime.cache import CompressedCache
+from kvcomp.runtime.cache_argument import CACHE
 from kvcomp.runtime.report import Report
 from kvcomp.runtime.session import Session, compress
 from kvcomp.runtime.snapshots import Snapshot
@@ -92,7 +93,7 @@ class _Request:
 
     def read_context(self) -> dict[str, Any]:
         """Compress the context by itself, and return the arguments for the question."""
-        self.model.generate(**self.batch.context, past_key_values=self.cache, max_new_tokens=1, do_sample=False)
+        self.model.generate(**self.batch.context, **{CACHE: self.cache}, max_new_tokens=1, do_sample=False)
         self.held = Held.by(self.cache)
         return self.cache.next_turn(self.model, **self.batch.inputs)
 
@@ -171,10 +172,7 @@ def answer(
     """
     with torch.inference_mode(), compress(batch.bed.model, strategy) as cache:
         request = _Request(batch, cache)
-        if mode is QueryMode.question_later:
-            arguments = request.read_context()
-        else:
-            arguments = batch.inputs | {"past_key_values": cache}
+        arguments = request.read_context() if mode is QueryMode.question_later else batch.inputs | {CACHE: cache}
         output = request.generate(arguments, max_new_tokens)
         logits = request.force(output.logits[0]) if forced else None
     return request.answers(output.sequences[:, batch.inputs["input_ids"].shape[1] :], logits)
@@ -214,7 +212,7 @@ class SharedPrompt:
         with torch.inference_mode():
             output = batch.bed.model.generate(
                 **batch.context,
-                past_key_values=shared,
+                **{CACHE: shared},
                 min_new_tokens=1,
                 max_new_tokens=1,
                 do_sample=False,

@@ -18,6 +18,7 @@ from kvcomp.lab.pictures import Picture, find_pictures
 from kvcomp.lab.tasks import Sample, Task
 from kvcomp.runtime.adapter import adapter_for
 from kvcomp.runtime.cache import CompressedCache
+from kvcomp.runtime.cache_argument import CACHE
 from kvcomp.runtime.session import compress
 from kvcomp.runtime.trace import EVICTED, Trace
 
@@ -150,7 +151,7 @@ def follow(model: Any, tokenizer: Any, prompt: Prompt, strategy: Strategy, max_n
     """
     trace, length = Trace(), len(prompt.tokens)
     with torch.inference_mode(), compress(model, strategy, watcher=trace) as cache:
-        output = model.generate(**prompt.inputs, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False)
+        output = model.generate(**prompt.inputs, **{CACHE: cache}, max_new_tokens=max_new_tokens, do_sample=False)
     answer: str = tokenizer.decode(output[0, length:], skip_special_tokens=True).strip()
     report = cache.report()
     return Fate(

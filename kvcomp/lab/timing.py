@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvcomp.core.strategy import Strategy
 from kvcomp.runtime.cache import CompressedCache
+from kvcomp.runtime.cache_argument import CACHE
 from kvcomp.runtime.session import compress
 
 
@@ -42,7 +43,7 @@ class _Runner:
 
     def _forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the next token on the CPU, `(1, 1)`: by then the device has finished."""
-        output = self.model(**inputs, past_key_values=self.cache, use_cache=True)
+        output = self.model(**inputs, **{CACHE: self.cache}, use_cache=True)
         token: Tensor = output.logits[:, -1:].argmax(dim=-1).cpu()
         return token
 

@@ -15,6 +15,7 @@ from kvcomp.core.errors import UnsupportedModelError, UnsupportedUseError
 from kvcomp.core.strategy import Strategy
 from kvcomp.runtime import incoming
 from kvcomp.runtime.adapter import ModelAdapter
+from kvcomp.runtime.cache_argument import CACHE, NEW, OLD
 from kvcomp.runtime.compression import LayerCompression
 from kvcomp.runtime.fed import Fed
 from kvcomp.runtime.fixed import check_reserve, check_steady
@@ -160,7 +161,7 @@ class CompressedCache(Cache):
         self._catch_up()
         if "mm_token_type_ids" not in inputs and (modality := self.adapter.modality(inputs)) is not None:
             inputs["mm_token_type_ids"] = modality.int()
-        return {**next_turn_arguments(model, inputs, self.first), "past_key_values": self}
+        return {**next_turn_arguments(model, inputs, self.first), CACHE: self}
 
     def reset(self) -> None:
         """Forget everything, as if the cache were new."""
@@ -369,11 +370,20 @@ class CompressedCache(Cache):
         incoming.check_room(self.compressed_layers, self.reserve)
 
     def check_in_use(self) -> None:
-        """Raise where the model no longer runs kvcomp's attention function."""
+        """Raise where the model no longer runs kvcomp's attention function, or the session's hooks missed the forward.
+
+        Raises:
+            UnsupportedUseError: it does not, or they did.
+        """
         if self.decoder() is None:
             raise UnsupportedUseError(
                 "a compressed cache can only be fed inside its `with kvcomp.compress(...)` block, or before its "
                 "session is detached; outside, attention would see the wrong columns"
+            )
+        if not self._under_way:
+            raise UnsupportedUseError(
+                "kvcomp did not see this forward begin; a compressed cache works with the model that it was made for, "
+                f"whose text model takes it as {NEW!r} or {OLD!r}"
             )
 
     def arriving(self) -> tuple[Tensor | None, Tensor | None]:

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kvcomp.core.interfaces import Observation
 from kvcomp.core.types import Repeat
+from kvcomp.runtime.cache_argument import CACHE
 from kvcomp.runtime.fed import Fed
 from kvcomp.runtime.fixed import LAYER_ATTRIBUTE
 from kvcomp.runtime.forward import Forward, Logits, observe_forwards
@@ -202,7 +203,7 @@ class Context:
             **chunk.inputs.arguments(),
             attention_mask=self._mask(chunk),
             position_ids=positions,
-            past_key_values=Cache(layers=others),
+            **{CACHE: Cache(layers=others)},
             use_cache=True,
         )
         for number in observations:

@@ -21,6 +21,7 @@ from kvcomp.core.strategy import Strategy
 from kvcomp.runtime import attention
 from kvcomp.runtime.adapter import adapter_for
 from kvcomp.runtime.cache import CompressedCache
+from kvcomp.runtime.cache_argument import CACHE, given_cache
 from kvcomp.runtime.files import fill_cache, saved_strategy
 from kvcomp.runtime.incoming import new_token_count
 from kvcomp.runtime.rotary import attention_modules
@@ -213,7 +214,7 @@ def compress(
     cache.check_sound()
     if not cache.used:
         warnings.warn(
-            "the cache of compress() was never used; pass it to the model: model.generate(..., past_key_values=cache)",
+            f"the cache of compress() was never used; pass it to the model: model.generate(..., {CACHE}=cache)",
             UnusedCacheWarning,
             stacklevel=3,
         )
@@ -336,11 +337,11 @@ def _noted(
     """Return the cache of a forward and its inputs by name; None where there is none of ours, or where nothing is to be
     noted: one token for slots at fixed addresses, which is the step that is compiled.
     """
-    cache = kwargs.get("past_key_values")
+    cache = given_cache(kwargs)
     if isinstance(cache, CompressedCache) and cache.is_fixed and new_token_count(kwargs) == 1:
         return None
     inputs = _named(module, args, kwargs)
-    cache = inputs.get("past_key_values")
+    cache = given_cache(inputs)
     if not isinstance(cache, CompressedCache) or (cache.is_fixed and new_token_count(inputs) == 1):
         return None
     return cache, inputs

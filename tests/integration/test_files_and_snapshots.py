@@ -6,6 +6,7 @@ from inference import generate, generate_stock, left_padded
 from models import IMAGE_TOKEN, VISION_END, VISION_START, image_inputs, text_inputs, tiny_llama, tiny_qwen_vl
 
 import kvcomp
+from kvcomp.runtime.cache_argument import CACHE
 
 QUESTIONS = [text_inputs(tokens, seed=tokens)["input_ids"] for tokens in (5, 9, 3)]
 
@@ -116,7 +117,7 @@ def test_a_turn_that_adds_nothing_is_refused():
         with pytest.raises(kvcomp.InputError, match="whole conversation, more than the 22 tokens"):
             cache.next_turn(model, **inputs)
         turn = cache.next_turn(model, input_ids=torch.cat([said, torch.tensor([[7, 8]])], dim=1))
-    assert turn["past_key_values"] is cache
+    assert turn[CACHE] is cache
     assert "position_ids" not in turn
 
 

@@ -6,6 +6,7 @@ from inference import generate, left_padded
 from models import image_inputs, text_inputs, tiny_llama, tiny_qwen_vl
 
 import kvcomp
+from kvcomp.runtime.cache_argument import CACHE
 
 SAID = 6
 SEEN = 20 + SAID - 1  # the last token that is generated has not been fed
@@ -51,7 +52,7 @@ def test_a_turn_that_rewrites_what_was_seen_is_refused_at_the_token(model, sessi
 def test_what_the_cache_has_not_seen_may_differ(model, session):
     cache, said = _conversed(session, model)
     turn = cache.next_turn(model, input_ids=_then(_replaced(said, SEEN)))
-    assert turn["past_key_values"] is cache
+    assert turn[CACHE] is cache
 
 
 def test_a_cropped_cache_no_longer_knows_what_was_cropped(model, session):

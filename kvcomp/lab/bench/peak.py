@@ -25,6 +25,7 @@ from kvcomp.core.errors import InputError
 from kvcomp.lab.bench.cases import Case
 from kvcomp.lab.bench.shapes import Shape, build_model, find_shape
 from kvcomp.lab.threads import torch_threads
+from kvcomp.runtime.cache_argument import CACHE
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -90,7 +91,7 @@ def _for_short_prompts(case: Case) -> Case:
 @torch.inference_mode()
 def _prefill(model: nn.Module, prompt: Mapping[str, Tensor], case: Case, tokens: int) -> None:
     with case.open(model, tokens, 1) as opened:
-        model(**prompt, past_key_values=opened.cache, use_cache=True, logits_to_keep=1)
+        model(**prompt, **{CACHE: opened.cache}, use_cache=True, logits_to_keep=1)
 
 
 def _resident(field: str) -> int:

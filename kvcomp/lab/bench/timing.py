@@ -16,6 +16,7 @@ from transformers import Cache
 from kvcomp.core.stages import STAGES, Stage, watching
 from kvcomp.lab.bench.cases import Case, Forward
 from kvcomp.runtime.cache import CompressedCache
+from kvcomp.runtime.cache_argument import CACHE
 
 Clock = Callable[[], float]
 
@@ -68,7 +69,7 @@ def time_case(model: nn.Module, prompt: Mapping[str, Tensor], case: Case, decode
         watched: Any = nullcontext() if case.strategy is None else watching(clock)
         started = clock()
         with watched as watch:
-            token = _next(model(**prompt, past_key_values=opened.cache, use_cache=True, logits_to_keep=1))
+            token = _next(model(**prompt, **{CACHE: opened.cache}, use_cache=True, logits_to_keep=1))
         prefill = clock() - started
         kv_bytes = _kv_bytes(opened.cache)
         steps = _decode(opened.step, opened.cache, token, decoded, clock)
@@ -84,7 +85,7 @@ def tokens_per_second(model: nn.Module, prompt: Mapping[str, Tensor], case: Case
     """
     clock, _ = clock_of(model)
     with case.open(model, _count(prompt), decoded) as opened:
-        token = _next(model(**prompt, past_key_values=opened.cache, use_cache=True, logits_to_keep=1))
+        token = _next(model(**prompt, **{CACHE: opened.cache}, use_cache=True, logits_to_keep=1))
         opened.cache.batch_repeat_interleave(batch)
         steps = _decode(opened.step, opened.cache, token.repeat_interleave(batch, dim=0), decoded, clock)
     return batch * decoded / sum(steps)
@@ -95,7 +96,7 @@ def _decode(step: Forward, cache: Cache, token: Tensor, decoded: int, clock: Clo
     seconds = []
     for _ in range(decoded):
         started = clock()
-        token = _next(step(input_ids=token, past_key_values=cache, use_cache=True))
+        token = _next(step(input_ids=token, **{CACHE: cache}, use_cache=True))
         seconds.append(clock() - started)
     return seconds
 

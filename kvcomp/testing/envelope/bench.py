@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from kvcomp.runtime.cache_argument import CACHE
 from kvcomp.testing.envelope.engine import Engine
 from kvcomp.testing.failures import require_close, require_same
 
@@ -117,7 +118,7 @@ class Bench:
             if inputs.keys() == {"input_ids", "attention_mask"}:  # else the model finds positions of its media itself
                 positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
                 inputs = {**inputs, "position_ids": positions}
-            self.model(**inputs, past_key_values=cache)
+            self.model(**inputs, **{CACHE: cache})
             yield cache
 
     def feed(self, cache: Any, ids: Tensor) -> Tensor:
@@ -126,7 +127,7 @@ class Bench:
         Positions are given: M-RoPE models keep an offset of whoever called last, of another batch perhaps.
         """
         positions = cache.get_seq_length() + torch.arange(ids.shape[1])[None]
-        logits: Tensor = self.model(input_ids=ids, position_ids=positions, past_key_values=cache).logits[:, -1]
+        logits: Tensor = self.model(input_ids=ids, position_ids=positions, **{CACHE: cache}).logits[:, -1]
         return logits
 
     def answer(self, inputs: Mapping[str, Tensor], ratio: float | None = None, **settings: Any) -> Answer:
@@ -141,7 +142,7 @@ class Bench:
     def generate(self, inputs: Mapping[str, Any], cache: Any = None, new: int = NEW, **settings: Any) -> Answer:
         """Return what the model says, greedily unless the settings say otherwise. A cache may be among the inputs."""
         options = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0}
-        given = dict(inputs) if cache is None else {**inputs, "past_key_values": cache}
+        given = dict(inputs) if cache is None else {**inputs, CACHE: cache}
         output = self.model.generate(**given, **options | settings, output_logits=True, return_dict_in_generate=True)
         return Answer(output.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(output.logits, dim=1))
 
@@ -150,7 +151,7 @@ def token_bytes(model: Any, prompt: Mapping[str, Tensor]) -> float:
     """Return what one token takes in a stock cache, in the layers with full attention; outside any compression."""
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(**prompt, past_key_values=cache)
+        model(**prompt, **{CACHE: cache})
     full: list[Any] = [layer for layer in cache.layers if type(layer) is DynamicLayer]
     held: int = sum(layer.keys.nbytes + layer.values.nbytes for layer in full)
     return held / prompt["input_ids"].shape[1]

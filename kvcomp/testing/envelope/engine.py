@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from kvcomp.runtime.cache_argument import CACHE
+
 
 class NotClaimedError(RuntimeError):
     """What is tried is not claimed: by the library, the method or the family. Its cell is a dash with this reason."""
@@ -62,7 +64,7 @@ class Engine(ABC):
 
     def next_turn(self, cache: Any, model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return the arguments of `generate` for a later turn: the whole conversation, without media."""
-        return {name: inputs[name] for name in ("input_ids", "attention_mask")} | {"past_key_values": cache}
+        return {name: inputs[name] for name in ("input_ids", "attention_mask")} | {CACHE: cache}
 
     def serving(self, model: Any, ratio: float) -> AbstractContextManager[Callable[[], Any]]:
         """Give a function that makes caches, for several requests that share the model inside the block."""

@@ -15,6 +15,7 @@ from kvcomp.core.budget import Budget
 from kvcomp.core.config import strategy
 from kvcomp.core.errors import BudgetError, ConfigError, UnsupportedModelError, UnsupportedUseError
 from kvcomp.core.strategy import Strategy
+from kvcomp.runtime.cache_argument import CACHE
 from kvcomp.runtime.session import attach, compress, load_cache
 from kvcomp.testing.envelope.engine import Engine, NotClaimedError
 
@@ -66,7 +67,7 @@ class KVCompEngine(Engine):
             return 1.0
         try:
             with compress(model, made) as cache, torch.no_grad():
-                model(**prompt, past_key_values=cache)
+                model(**prompt, **{CACHE: cache})
         except BudgetError as error:
             if error.smallest is None:
                 raise

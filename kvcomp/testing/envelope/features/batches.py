@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvcomp.runtime.cache_argument import CACHE
 from kvcomp.testing.envelope.bench import TOLERANCE, Bench, require_same_answer
 from kvcomp.testing.envelope.engine import NotClaimedError
 from kvcomp.testing.envelope.feature import feature
@@ -78,7 +79,7 @@ def _next_logits(bench: Bench, cache: object, batch: dict[str, Tensor], rows: li
     mask = torch.nn.functional.pad(batch["attention_mask"][rows], (0, 1), value=1)
     token = batch["input_ids"][rows, -1:]
     positions = mask.sum(dim=1, keepdim=True) - 1
-    output = bench.model(input_ids=token, attention_mask=mask, position_ids=positions, past_key_values=cache)
+    output = bench.model(input_ids=token, attention_mask=mask, position_ids=positions, **{CACHE: cache})
     logits: Tensor = output.logits[:, -1]
     return logits
 

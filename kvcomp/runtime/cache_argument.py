@@ -1,0 +1,20 @@
+"""The name by which transformers' models take a cache: `cache` from 5.24 on, `past_key_values` before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+NEW, OLD = "cache", "past_key_values"
+CACHE = NEW if any(field.name == NEW for field in fields(CausalLMOutputWithPast)) else OLD  # of this transformers
+
+
+def given_cache(inputs: Mapping[str, Any]) -> Any:
+    """Return the cache that a forward was given under either name, None where there is none.
+
+    From 5.24 on a model still takes the old name, with a warning, and gives the cache to its parts under the new one.
+    """
+    return inputs.get(NEW, inputs.get(OLD))
