@@ -30,6 +30,7 @@ from kvcomp.lab.bench.cases import STOCK
 from kvcomp.lab.document import circumstances
 from kvcomp.lab.testbed import LoadedTestbed, load_testbed
 from kvcomp.lab.threads import torch_threads
+from kvcomp.runtime.cache_argument import CACHE
 
 BATCHES = (1, 8)
 TASK = "mini/text_needle"
@@ -68,11 +69,10 @@ def inputs_of(bed: LoadedTestbed, batch: int) -> Mapping[str, Tensor]:
 def taken_by(bed: LoadedTestbed, inputs: Mapping[str, Tensor], case: Case, tokens: int) -> Taken:
     """Return the time of one `generate()`."""
     clock, started = Clock(), time.thread_time()
-    options = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False}
+    options: dict[str, Any] = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False}
     with case.open(bed.model, inputs["input_ids"].shape[1], tokens) as opened:
-        bed.model.generate(
-            **inputs, past_key_values=opened.cache, logits_processor=LogitsProcessorList([clock]), **options
-        )
+        options[CACHE] = opened.cache
+        bed.model.generate(**inputs, logits_processor=LogitsProcessorList([clock]), **options)
     return Taken(time.thread_time() - started, clock.token)
 
 

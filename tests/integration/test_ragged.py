@@ -333,7 +333,10 @@ def test_bookkeeping_of_heads_that_differ_is_at_most_five_percent():
 
 
 def _bytes_of(cache):
-    """What the tables take, by hand: index, count, modality and position of every slot, and a mask as wide as any."""
+    """What the tables take, by hand: index, count, modality and position of every slot, a mask as wide as any, and once
+    the ids of all columns.
+    """
     slots = sum(int((layer.indices >= 0).sum()) for layer in cache.layers)
     masks = sum(layer.indices.numel() for layer in cache.layers)
-    return slots * (4 + 4 + 1 + 4) + masks + 3 * (8 + 4 + 2 * 8)  # and of each layer: tokens, rho, ends of two heads
+    ids = 4 * len(cache.layers[0].indices) * cache.get_seq_length()
+    return slots * (4 + 4 + 1 + 4) + masks + ids + 3 * (8 + 4 + 2 * 8)  # and of each layer: tokens, rho, ends of two heads
