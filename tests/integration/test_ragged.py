@@ -339,4 +339,4 @@ def _bytes_of(cache):
     slots = sum(int((layer.indices >= 0).sum()) for layer in cache.layers)
     masks = sum(layer.indices.numel() for layer in cache.layers)
     ids = 4 * len(cache.layers[0].indices) * cache.get_seq_length()
-    return slots * (4 + 4 + 1 + 4) + masks + ids + 3 * (8 + 4 + 2 * 8)  # and of each layer: tokens, rho, ends of two heads
+    return slots * (4 + 4 + 1 + 4) + masks + ids + 3 * (8 + 4 + 2 * 8)  # of each layer: tokens, rho, ends of two heads
