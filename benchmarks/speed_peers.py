@@ -67,8 +67,9 @@ def build(device: str) -> Any:
     torch.manual_seed(0)
     on_cpu = device == "cpu"
     config = LlamaConfig(**(SHAPE if on_cpu else LARGE), max_position_embeddings=131072, eos_token_id=None)
+    torch.set_default_dtype(torch.float32 if on_cpu else torch.bfloat16)
     with torch.device(device):
-        return LlamaForCausalLM(config).to(torch.float32 if on_cpu else torch.bfloat16).eval()
+        return LlamaForCausalLM(config).eval()
 
 
 def now(device: str) -> float:

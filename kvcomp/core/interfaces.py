@@ -163,7 +163,9 @@ class BudgetAllocator(Part):
             scores: of the same layers.
         """
 
-    def again(self, slots: Tensor, layers: Sequence[LayerView], scores: Sequence[Scores], before: Tensor) -> Tensor:
+    def reallocate(
+        self, slots: Tensor, layers: Sequence[LayerView], scores: Sequence[Scores], granted: Tensor
+    ) -> Tensor:
         """Return the slots of each head at a compression while tokens are decoded, for an allocator of scope "model":
         what `allocate` says, unless overridden.
 
@@ -171,7 +173,8 @@ class BudgetAllocator(Part):
             slots: the uniform share per KV head and layer, `(batch,)` int64 on the CPU.
             layers: all layers.
             scores: of the same layers.
-            before: what each head held after the last compression, `(layers, batch, kv_heads)` int64 on the CPU.
+            granted: what each head was given by the last compression that was not while decoding, `(layers, batch,
+                kv_heads)` int64 on the CPU.
         """
         return self.allocate(slots, layers, scores)
 

@@ -192,7 +192,12 @@ class Strategy:
 
     @stage("select")
     def allocate(
-        self, slots: Tensor, layers: Sequence[LayerView], scores: Sequence[Scores], *, decoded: int = 0
+        self,
+        slots: Tensor,
+        layers: Sequence[LayerView],
+        scores: Sequence[Scores],
+        *,
+        granted: Tensor | None = None,
     ) -> Tensor:
         """Return the slots of every head, `(layers, batch, kv_heads)`, none above what the head holds; without a
         selector nothing is shared out, and every head keeps what it holds.
@@ -201,7 +206,8 @@ class Strategy:
             slots: the uniform share, `(batch,)` int64 on the CPU.
             layers: this layer alone, or all layers, as the allocator's `scope` says.
             scores: of the same layers.
-            decoded: tokens since the last compression, where this one comes while tokens are decoded.
+            granted: what each head was given before tokens were decoded, `(layers, batch, kv_heads)` int64 on the CPU;
+                None where none were.
         """
         held = torch.stack([layer.valid.sum(dim=-1).cpu() for layer in layers])  # layers may be on several devices
         if self.selector is None:
@@ -209,10 +215,10 @@ class Strategy:
         if self.budget.or_smallest:
             slots = slots.maximum(self.allocator.least(layers, scores).minimum(held.amax(dim=(0, 2))))
         try:
-            if decoded:
-                allotted = self.allocator.again(slots, layers, scores, held - decoded)
-            else:
+            if granted is None:
                 allotted = self.allocator.allocate(slots, layers, scores)
+            else:
+                allotted = self.allocator.reallocate(slots, layers, scores, granted)
         except BudgetError as error:
             hint = f"; '{self.budget}{OR_SMALLEST}' takes that by itself" if error.smallest else ""
             raise BudgetError(f"recipe {self.name!r}: {error}{hint}", smallest=error.smallest) from None

@@ -26,9 +26,9 @@ class Modality(IntEnum):
     AUDIO = 3
 
 
-def kinds(modality: Tensor) -> Tensor:
-    """Return what is compared where modalities are told apart: images and videos are one kind, the visual tokens of the
-    FlowMM paper.
+def compared_modality(modality: Tensor) -> Tensor:
+    """Return what is compared where modalities are told apart: images and videos are one, the visual tokens of
+    the FlowMM paper.
     """
     return modality.masked_fill(modality == Modality.VIDEO, Modality.IMAGE)
 
@@ -192,9 +192,11 @@ class LayerView:
         return batch, kv_heads, tokens
 
     @cached_property
-    def kinds(self) -> Tensor:
-        """Return what is compared where modalities are told apart, `(batch, kv_heads, tokens)` int8; see `kinds`."""
-        return kinds(self.modality)
+    def compared_modality(self) -> Tensor:
+        """Return what is compared where modalities are told apart, `(batch, kv_heads, tokens)` int8: images and videos
+        are one.
+        """
+        return compared_modality(self.modality)
 
     @property
     def form(self) -> SlotForm:

@@ -97,7 +97,7 @@ class CompressedCache(Cache):
             number: CompressedCacheLayer(weakref.proxy(self), place, len(full), storages[place])
             for place, number in enumerate(full)
         }
-        self.first = self.compressed_layers[full[0]]
+        self.first_layer = self.compressed_layers[full[0]]
         self._modality: Tensor | None = None
         self._positions: Tensor | None = None
         self._given: Tensor | None = None  # ids or embeddings of the forward under way
@@ -116,7 +116,7 @@ class CompressedCache(Cache):
     @property
     def is_fixed(self) -> bool:
         """Return whether slots lie at fixed addresses, so that a decode step changes nothing that Python sees."""
-        return self.compiled and self.first.fixed is not None
+        return self.compiled and self.first_layer.fixed is not None
 
     def finish(self) -> None:
         """Compress what `defer` left uncompressed, or what waits for a second pass."""
@@ -161,7 +161,7 @@ class CompressedCache(Cache):
         self._catch_up()
         if "mm_token_type_ids" not in inputs and (modality := self.adapter.modality(inputs)) is not None:
             inputs["mm_token_type_ids"] = modality.int()
-        return {**next_turn_arguments(model, inputs, self.first), CACHE: self}
+        return {**next_turn_arguments(model, inputs, self.first_layer), CACHE: self}
 
     def reset(self) -> None:
         """Forget everything, as if the cache were new."""
@@ -217,14 +217,8 @@ class CompressedCache(Cache):
         """
         if snapshot.strategy == self.strategy:
             snapshot.put_back(self.layers)
-        elif snapshot.pending:
-            snapshot.hand_over(self.layers)
         else:
-            raise UnsupportedUseError(
-                f"the snapshot is of a cache with strategy {snapshot.strategy.name!r} at {snapshot.strategy.budget}, "
-                f"and this one has {self.strategy.name!r} at {self.strategy.budget}; only one in which nothing is "
-                "compressed yet, as of session.shared_cache(strategies), serves several"
-            )
+            snapshot.hand_over(self.layers, self.strategy)
         self._forget_forward()
         self.fed = snapshot.fed if self._repeats else ()
 
@@ -278,7 +272,7 @@ class CompressedCache(Cache):
         positions = inputs.get("position_ids")
         if positions is not None:
             positions = positions[None] if positions.dim() == 2 else positions[-3:]
-            incoming.check_positions(positions, self.first.upcoming_positions())
+            incoming.check_positions(positions, self.first_layer.upcoming_positions())
         self._positions = positions
         self._under_way = True
         if new_token_count(inputs) == 1:
@@ -296,8 +290,9 @@ class CompressedCache(Cache):
         Raises:
             UnsupportedUseError: nothing says how to feed it again.
         """
-        if self._given is not None and self.first.is_initialized:
-            self.first.note_tokens(self._given)
+        if self._given is not None and self.first_layer.is_initialized:
+            self.first_layer.note_tokens(self._given)
+        self._given = None  # embeddings of a long prompt are large
         pending = {number: layer for number, layer in self.compressed_layers.items() if layer.pending}
         if self._repeats and pending:
             self.fed = (*self.fed, Fed.of(inputs))
@@ -343,7 +338,7 @@ class CompressedCache(Cache):
         """Take note of which new token is what; raise where they cannot go on from what the cache has seen."""
         self.loosen()
         self._check_ended()
-        rows = len(self.first.tokens) if self.used else None
+        rows = len(self.first_layer.tokens) if self.used else None
         incoming.check_incoming(inputs, rows, self.get_seq_length(), shared=bool(self.serves))
         self._modality, self._given = self.adapter.modality(inputs), given_tokens(inputs)
 

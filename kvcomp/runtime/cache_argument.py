@@ -17,4 +17,5 @@ def given_cache(inputs: Mapping[str, Any]) -> Any:
 
     From 5.24 on a model still takes the old name, with a warning, and gives the cache to its parts under the new one.
     """
-    return inputs.get(NEW, inputs.get(OLD))
+    given = inputs.get(NEW)
+    return inputs.get(OLD) if given is None else given

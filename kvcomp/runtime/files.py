@@ -153,7 +153,8 @@ def _tensors(layer: CompressedCacheLayer) -> dict[str, Tensor]:
     found |= {f"table.{name}": _once(getattr(table, name), -2) for name in TABLE}
     if table.columns is table.indices:
         del found["table.columns"]
-    found |= {"next_positions": layer.upcoming_positions(), "memory": layer.memory, "transcript": layer.transcript.ids}
+    found |= {"next_positions": layer.upcoming_positions(), "memory": layer.memory, "granted": layer.granted}
+    found["transcript"] = layer.transcript.ids
     found |= {f"carried.{place}": sums for place, sums in enumerate(layer.carried.values())}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
@@ -234,6 +235,7 @@ def _fill(layer: CompressedCacheLayer, record: LayerRecord, own: dict[str, Tenso
     layer.table = _table(own, layer.form.kv_heads)
     layer.tokens, layer.prompt = own["tokens"].cpu(), own["prompt"].cpu()
     layer.log = QueryLog.load(log, record.log.model_dump())
+    layer.granted = own["granted"].cpu() if "granted" in own else None
     layer.transcript = Transcript((own["transcript"],)) if "transcript" in own else Transcript()
     layer.next_positions, layer.rho, layer.memory = (own.get(name) for name in ("next_positions", "rho", "memory"))
     for name in NUMBERS:
@@ -321,7 +323,9 @@ def _check_filled(layer: CompressedCacheLayer, header: Header) -> None:
         )
         if tensor.dtype != dtype
     ]
-    ids = layer.transcript.ids
+    granted, ids = layer.granted, layer.transcript.ids
+    if granted is not None and tuple(granted.shape) != heads[:2]:
+        faults.append(f"granted must have shape {heads[:2]}, got {tuple(granted.shape)}")
     if ids is not None and not (
         ids.dtype == torch.int32 and ids.shape[:-1] == (batch,) and ids.shape[-1] <= layer.seen
     ):

@@ -22,12 +22,12 @@ class Schedule:
         """Let go of what waits."""
         self._waiting.clear()
 
-    def compress(self, layer: LayerCompression, decoded: int = 0) -> None:
+    def compress(self, layer: LayerCompression, *, decoding: bool = False) -> None:
         """Compress a layer; with a model-wide allocator, all layers once the last one is given.
 
         Args:
             layer: that is compressed.
-            decoded: tokens since the last compression, where this one comes while tokens are decoded.
+            decoding: whether tokens are being decoded, so that the layers go on to share the budget as they did.
         """
         prepared = layer.prepare()
         if self.strategy.allocator.scope == "layer":
@@ -37,16 +37,16 @@ class Schedule:
         if prepared is not None:
             self._waiting.append((layer, *prepared))
         if layer.number == layer.layers - 1 and self._waiting:
-            self._trim_together(decoded)
+            self._trim_together(decoding=decoding)
 
     def compress_decoded(self, layers: Sequence[LayerCompression]) -> None:
         """Compress all layers again after one more decoded token where the trigger says so: a budget is of all layers,
         which may share it unevenly.
         """
-        due, decoded = self._is_due(layers), layers[0].steps if layers[0].trimmed else 0
+        due = self._is_due(layers)
         for layer in layers:
             if due:
-                self.compress(layer, decoded)
+                self.compress(layer, decoding=True)
             else:
                 layer.fold()
 
@@ -55,10 +55,13 @@ class Schedule:
             return layers[0].steps >= self.strategy.trigger.every
         return bool((torch.stack([layer.excess() for layer in layers]).sum(dim=0) > 0).any())
 
-    def _trim_together(self, decoded: int) -> None:
+    def _trim_together(self, *, decoding: bool) -> None:
         layers, views, scores = zip(*self._waiting, strict=True)
         self._waiting.clear()
         together = self.strategy.together(views, scores)
-        allotted = self.strategy.allocate(layers[0].share(), views, together, decoded=decoded)
+        before = [layer.granted for layer in layers if layer.granted is not None] if decoding else []
+        granted = torch.stack(before) if before else None
+        allotted = self.strategy.allocate(layers[0].share(), views, together, granted=granted)
         for layer, slots, seen in zip(layers, allotted, together, strict=True):
+            layer.granted = slots if granted is None else layer.granted
             layer.trim(slots, seen)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kvcomp.core.errors import UnsupportedUseError
 from kvcomp.core.strategy import Strategy
 from kvcomp.runtime.fed import Fed
 from kvcomp.runtime.layer import CompressedCacheLayer
@@ -34,6 +35,7 @@ STATE = (
     "output",
     "carried",
     "memory",
+    "granted",
     "log",
     "steps",
     "prompt",
@@ -112,12 +114,18 @@ class Snapshot:
             snapshot.put_back(layers[number])
         self._copy_others(layers)
 
-    def hand_over(self, layers: list[Any]) -> None:
+    def hand_over(self, layers: list[Any], strategy: Strategy) -> None:
         """Make all layers of a cache of another strategy what they would be, had that read the prompt.
 
         Raises:
-            UnsupportedUseError: that strategy wants to know more of the prompt than is held.
+            UnsupportedUseError: something is compressed, or that strategy wants to know more than is held.
         """
+        if not self.pending:
+            raise UnsupportedUseError(
+                f"the snapshot is of a cache with strategy {self.strategy.name!r} at {self.strategy.budget}, and this "
+                f"one has {strategy.name!r} at {strategy.budget}; only one in which nothing is compressed yet, as of "
+                "session.shared_cache(strategies), serves several"
+            )
         for number, snapshot in self.compressed.items():
             snapshot.hand_over(layers[number])
         self._copy_others(layers)

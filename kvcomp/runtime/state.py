@@ -44,6 +44,7 @@ class LayerState:
         self.trimmed = False  # slots are no longer columns
         self.holds_padding = False  # some slot of the storage is that of a padding token
         self.carried: Mapping[Observation, Tensor] = {}  # (batch, heads, slots) each, of the slots in the table
+        self.granted: Tensor | None = None  # (batch, kv_heads) on the CPU, of a budget that layers share
         self.memory: Tensor | None = None  # (batch, ...), what the matcher left at the last compression
         self.log = QueryLog()  # of queries that compressions while decoding look at
         self.steps = 0  # tokens decoded since the last compression
@@ -106,7 +107,8 @@ class LayerState:
         """Return every tensor that the layer keeps beside keys and values."""
         tensors = [] if self.held_table is None else list(self.held_table.tensors())
         tensors += [self.tokens, self.prompt]
-        tensors += [tensor for tensor in (self.next_positions, self.memory) if tensor is not None]
+        kept = (self.next_positions, self.memory, self.granted)
+        tensors += [tensor for tensor in kept if tensor is not None]
         tensors += [packed.layout.ends] if (packed := self.storage.packed()) else []
         tensors += [] if self.rotary is None else self.rotary.tensors()
         tensors += self.transcript.parts
@@ -230,6 +232,7 @@ class LayerState:
         table = self.table
         self.table = None if table is None else table.map(lambda entry: entry.index_select(0, here))
         self.tokens, self.prompt = (tokens.index_select(0, rows.cpu()) for tokens in (self.tokens, self.prompt))
+        self.granted = None if self.granted is None else self.granted.index_select(0, rows.cpu())
         self.log = self.log.rows(here)
         self.next_positions = None if self.next_positions is None else self.next_positions.index_select(1, here)
         self.carried = {seen: sums.index_select(0, here) for seen, sums in self.carried.items()}

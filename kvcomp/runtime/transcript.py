@@ -25,7 +25,7 @@ class Transcript:
     @property
     def ids(self) -> Tensor | None:
         """Return all ids, `(batch, columns)` int32; None before the first token."""
-        return torch.cat(self.parts, dim=1) if self.parts else None
+        return _joined(self.parts) if self.parts else None
 
     def then(self, given: Tensor, seen: int) -> Transcript:
         """Return the transcript with the tokens of one more forward.
@@ -38,7 +38,7 @@ class Transcript:
         ids = given.to(torch.int32, copy=True) if given.dim() == 2 else _unknown(batch, tokens, given.device)
         missed = seen - sum(part.shape[1] for part in self.parts)
         parts = (*self.parts, _unknown(batch, missed, ids.device), ids) if missed else (*self.parts, ids)
-        return Transcript(parts if len(parts) <= FOLD else (torch.cat(parts, dim=1),))
+        return Transcript(parts if len(parts) <= FOLD else (_joined(parts),))
 
     def rows(self, rows: Tensor) -> Transcript:
         """Return the transcript of these rows of the batch, `(rows,)` int64."""
@@ -66,7 +66,7 @@ class Transcript:
         others = ((given != ids) & (ids != UNKNOWN) & real).nonzero()  # one sync per later turn
         if not len(others):
             return
-        column, row = min((int(column), int(row)) for row, column in others)
+        column, row = min((column, row) for row, column in others.tolist())
         where = f"token {column}" if len(ids) == 1 else f"token {column} of row {row}"
         raise InputError(
             f"the next turn must begin with the {ids.shape[1]} tokens that the cache has seen, and from {where} on it "
@@ -74,6 +74,13 @@ class Transcript:
             "templates that drop or rewrite earlier turns do this; append the new turn to the ids that generate() "
             "returned, or give the whole conversation to a new cache"
         )
+
+
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+    """Return all parts on the device of the first: ids come from wherever a model that is spread over devices took
+    them.
+    """
+    return torch.cat([part.to(parts[0].device) for part in parts], dim=1)
 
 
 def _unknown(batch: int, columns: int, device: torch.device) -> Tensor:

@@ -34,7 +34,10 @@ def next_turn_arguments(model: nn.Module, inputs: Mapping[str, Any], layer: Laye
             f"the next turn must hold the whole conversation, more than the {seen} tokens that the cache has seen; "
             f"got {ids.shape[1]}"
         )
-    mask: Tensor = inputs.get("attention_mask", torch.ones_like(ids))
+    mask = inputs.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    if mask.shape != ids.shape:
+        raise InputError(f"the attention mask must be of all tokens, {tuple(ids.shape)}, got {tuple(mask.shape)}")
     layer.transcript.check_begins(ids, mask)
     arguments = {"input_ids": ids, "attention_mask": mask}
     fresh = _new_media(model, inputs, seen)

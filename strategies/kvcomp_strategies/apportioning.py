@@ -23,14 +23,16 @@ FAINTEST = 1e-9  # of the largest weight: a bin without weight still gets what n
 
 class PromptAllocator(BudgetAllocator):
     """Budgets of layers by what the last forward of several tokens tells of them. While tokens are decoded the layers
-    share as they did after that: what a layer has given up it could not use again.
+    share as they did after that: what a layer has given up it could not have back.
     """
 
     scope = "model"
 
-    def again(self, slots: Tensor, layers: Sequence[LayerView], scores: Sequence[Scores], before: Tensor) -> Tensor:
-        """Return the slots of each head, `(layers, batch, kv_heads)`, in proportion to what it held before."""
-        return allot(before, slots, layers, scores)
+    def reallocate(
+        self, slots: Tensor, layers: Sequence[LayerView], scores: Sequence[Scores], granted: Tensor
+    ) -> Tensor:
+        """Return the slots of each head, `(layers, batch, kv_heads)`, in proportion to what it was given."""
+        return allot(granted, slots, layers, scores)
 
 
 def held_tokens(layers: Sequence[LayerView]) -> Tensor:

@@ -80,9 +80,9 @@ def comparable(layer: LayerView, pivots: Pivots, eligible: Tensor, rule: Tensor)
     or less to a forbidden one.
     """
     keys = F.normalize(layer.keys.float(), dim=-1, eps=1e-12)
-    one_hot = F.one_hot(layer.kinds.long(), len(Modality)).float()
+    one_hot = F.one_hot(layer.compared_modality.long(), len(Modality)).float()
     room = (0, -eligible.shape[2] % BLOCK)  # whole blocks, the last one filled up with pivots that are not eligible
-    penalties = _penalties(F.pad(pivots.gather(layer.kinds), room), F.pad(eligible, room), rule)
+    penalties = _penalties(F.pad(pivots.gather(layer.compared_modality), room), F.pad(eligible, room), rule)
     receivers = torch.cat([F.pad(pivots.gather(keys), (0, 0, *room)), penalties], dim=-1)
     return torch.cat([keys, one_hot], dim=-1), receivers
 

@@ -46,7 +46,7 @@ def test_images_are_told_from_text_whatever_the_name(call, name):
     with kvcomp.compress(model, "flowmm", budget=0.5) as cache:
         call(model, inputs, {name: cache})
     assert all(0 < rho < 1 for layer in cache.report().layers for rho in layer.rho)
-    assert cache.first.upcoming_positions() is not None
+    assert cache.first_layer.upcoming_positions() is not None
 
 
 @pytest.mark.floor

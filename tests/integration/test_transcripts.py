@@ -83,7 +83,7 @@ def test_beams_are_known_as_they_ended(model, session):
     cache = session.cache("snapkv", 0.5)
     settings = {"num_beams": 2, "num_return_sequences": 2, "eos_token_id": None}
     said = generate(model, text_inputs(20), cache, SAID, **settings).sequences
-    held = cache.first.transcript.ids
+    held = cache.first_layer.transcript.ids
     assert held.shape == (2, SEEN)
     assert {tuple(row) for row in held.tolist()} >= {tuple(said[0, :SEEN].tolist())}
 
@@ -139,7 +139,7 @@ def test_compiled_steps_are_not_known_and_shift_nothing(model, session):
     cache, said = _conversed(session, model, reserve=30, compiled=True)
     turn = _then(said)
     generate(model, {"input_ids": turn}, cache, 3)
-    assert cache.first.transcript.ids[0, 20:SEEN].eq(-1).all()
+    assert cache.first_layer.transcript.ids[0, 20:SEEN].eq(-1).all()
     for column in (3, SEEN + 2):
         with pytest.raises(kvcomp.InputError, match=f"from token {column} on"):
             cache.next_turn(model, input_ids=_then(_replaced(turn, column), 9))
@@ -149,7 +149,7 @@ def test_compiled_steps_are_not_known_and_shift_nothing(model, session):
 def test_a_long_answer_is_known_to_its_end(model, session):
     cache = session.cache("snapkv", 0.5)
     said = generate(model, text_inputs(20), cache, 150).sequences
-    assert torch.equal(cache.first.transcript.ids, said[:, :-1].int())
+    assert torch.equal(cache.first_layer.transcript.ids, said[:, :-1].int())
 
 
 def test_another_conversation_with_images_is_refused_before_its_media_are_looked_at():
@@ -163,3 +163,31 @@ def test_another_conversation_with_images_is_refused_before_its_media_are_looked
         longer["attention_mask"] = torch.ones_like(longer["input_ids"])
         with pytest.raises(kvcomp.InputError, match="must begin with the"):
             cache.next_turn(model, **longer)
+
+
+def test_a_mask_may_be_left_out_and_must_be_of_all_tokens(model, session):
+    cache, said = _conversed(session, model)
+    turn = cache.next_turn(model, input_ids=_then(said), attention_mask=None)
+    assert turn["attention_mask"].shape == _then(said).shape
+    with pytest.raises(kvcomp.InputError, match=r"mask must be of all tokens, \(1, 30\), got \(1, 5\)"):
+        cache.next_turn(model, input_ids=_then(said), attention_mask=torch.ones(1, 5))
+
+
+def test_what_a_shared_cache_has_read_is_known_to_those_that_take_it_over(model, session):
+    shared = session.shared_cache(["snapkv"])
+    ids = text_inputs(20)["input_ids"]
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=shared)
+    cache = session.cache("snapkv", 0.5)
+    cache.restore(shared.snapshot())
+    cache.next_turn(model, input_ids=_then(ids))
+    with pytest.raises(kvcomp.InputError, match="from token 3 on"):
+        cache.next_turn(model, input_ids=_then(_replaced(ids, 3)))
+
+
+def test_embeddings_are_not_held_after_their_forward(model, session):
+    cache = session.cache("snapkv", 0.5)
+    with torch.no_grad():
+        model.model(inputs_embeds=model.get_input_embeddings()(text_inputs(20)["input_ids"]), past_key_values=cache)
+    held = [entry for entry in vars(cache).values() if isinstance(entry, torch.Tensor)]
+    assert not held

@@ -32,7 +32,10 @@ def test_theta_one_makes_every_layer_intra(sample: Sample, ratio: float) -> None
     strategy = kvcomp.strategy("flowmm", ratio, **{"policy.threshold": 1.0})
     seen = run(strategy, sample)
     assert strategy.policy.plan(seen.view).rule.tolist() == [Rule.INTRA] * sample.keys.shape[0]
-    source, target = seen.view.kinds[..., None], seen.pivots.gather(seen.view.kinds)[..., None, :]
+    source, target = (
+        seen.view.compared_modality[..., None],
+        seen.pivots.gather(seen.view.compared_modality)[..., None, :],
+    )
     assert not bool(((seen.edges() > 0) & (source != target)).any())
 
 
@@ -179,6 +182,12 @@ BY_KIND = {
     "cam": INTRA,
     "kvmerge": {**INTRA, "selector.borders": "modality"},
 }
+
+
+def test_a_prompt_of_images_and_videos_alone_has_no_rho() -> None:
+    sample = make_sample(0, (60,), modalities=(Modality.IMAGE, Modality.VIDEO))
+    assert {Modality.IMAGE, Modality.VIDEO} == set(sample.modality.unique().tolist())
+    assert run(kvcomp.strategy("flowmm", 0.1), sample).plan.rho.isnan().all()
 
 
 @given(seed=st.integers(0, 10**6), ratio=RATIO)

@@ -42,7 +42,10 @@ def modality_rules(strategy: Strategy, sample: Sample) -> None:
     if strategy.selector is None:
         return
     seen = run(strategy, sample)
-    source, target = seen.view.kinds[..., None], seen.pivots.gather(seen.view.kinds)[..., None, :]
+    source, target = (
+        seen.view.compared_modality[..., None],
+        seen.pivots.gather(seen.view.compared_modality)[..., None, :],
+    )
     forbidden = {Rule.INTRA: source != target, Rule.HETERO: source == target, Rule.NONE: torch.tensor(True)}
     for rule, never in forbidden.items():
         edges = _under(seen, rule).edges() > 0

@@ -49,9 +49,13 @@ class VarianceAllocator(PromptAllocator, use="variance"):
         spread = torch.stack([_spread(layer).cpu() for layer in layers])  # (layers, batch)
         return allot((-spread).softmax(dim=0)[..., None], slots, layers, scores, self._whole(layers))
 
-    def again(self, slots: Tensor, layers: Sequence[LayerView], scores: Sequence[Scores], before: Tensor) -> Tensor:
-        """Return the slots of each head, `(layers, batch, kv_heads)`, as before; the skipped layers keep everything."""
-        return allot(before, slots, layers, scores, self._whole(layers))
+    def reallocate(
+        self, slots: Tensor, layers: Sequence[LayerView], scores: Sequence[Scores], granted: Tensor
+    ) -> Tensor:
+        """Return the slots of each head, `(layers, batch, kv_heads)`, in proportion to what it was given; the skipped
+        layers keep everything.
+        """
+        return allot(granted, slots, layers, scores, self._whole(layers))
 
     def least(self, layers: Sequence[LayerView], scores: Sequence[Scores]) -> Tensor:
         """Return the share that holds the skipped layers and 1 slot per head of the others, `(batch,)`."""

@@ -74,11 +74,11 @@ class FollowingWindow(Matcher, use="following-window"):
     def _following(self, layer: LayerView, pivots: Pivots, sources: Tensor, eligible: Tensor, rule: Tensor) -> Tensor:
         """Return the next slots that may receive each source, `(batch, kv_heads, others, window)`, -1 for none."""
         kinds = torch.arange(len(Modality), device=rule.device)[:, None]  # (modalities, 1)
-        same = pivots.gather(layer.kinds)[:, :, None] == kinds  # (batch, kv_heads, modalities, slots)
+        same = pivots.gather(layer.compared_modality)[:, :, None] == kinds  # (batch, kv_heads, modalities, slots)
         allowed = eligible[:, :, None] & allowed_modalities(same, rule.view(-1, 1, 1, 1))
         order = (~allowed).to(torch.uint8).argsort(dim=-1, stable=True)  # the allowed slots first, in order
         order = order.masked_fill(~allowed.gather(-1, order), -1).flatten(2)
-        kind = layer.kinds.gather(2, sources.clamp(min=0)).long()
+        kind = layer.compared_modality.gather(2, sources.clamp(min=0)).long()
         slots = allowed.shape[-1]
         before = torch.searchsorted(_ascending(pivots, layer.shape[2]), sources)  # slots before each source
         passed = F.pad(allowed.cumsum(dim=-1), (1, 0)).flatten(2).gather(2, kind * (slots + 1) + before)

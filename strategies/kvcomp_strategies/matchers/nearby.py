@@ -96,7 +96,7 @@ def _sort_keys(layer: LayerView, rule: Tensor) -> Tensor:
     modalities one modality after the other.
     """
     tokens = layer.shape[2]
-    apart = (rule == Rule.INTRA).view(-1, 1, 1) * layer.kinds.long()
+    apart = (rule == Rule.INTRA).view(-1, 1, 1) * layer.compared_modality.long()
     return apart * tokens + torch.arange(tokens, device=rule.device)
 
 

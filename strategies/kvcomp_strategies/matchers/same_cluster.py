@@ -26,7 +26,9 @@ class SameCluster(Matcher, use="same-cluster"):
         sources = other_tokens(layer, pivots)
         targets = pivots.groups.gather(2, sources.clamp(min=0)).masked_fill(sources < 0, -1)
         slots = targets.clamp(min=0)
-        same = pivots.gather(layer.kinds).gather(2, slots) == layer.kinds.gather(2, sources.clamp(min=0))
+        same = pivots.gather(layer.compared_modality).gather(2, slots) == layer.compared_modality.gather(
+            2, sources.clamp(min=0)
+        )
         eligible = pivots.filled() & ~pivots.gather(scores.protected)
         open_targets = eligible.gather(2, slots) & allowed_modalities(same, rule.view(-1, 1, 1))
         return edges_to(sources, targets.masked_fill(~open_targets, -1))

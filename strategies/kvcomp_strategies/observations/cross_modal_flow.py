@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kvcomp.core.interfaces import Observation
-from kvcomp.core.types import AttentionBlock, Modality, kinds
+from kvcomp.core.types import AttentionBlock, Modality, compared_modality
 
 Flow = tuple[Tensor, Tensor]  # attention to other modalities, and to all tokens, each (batch, heads)
 
@@ -71,11 +71,11 @@ class CrossModalFlow(Observation, use="cross-modal-flow"):
         """Return the flow with the block's rows added."""
         batch, heads, rows, seen = block.leading.shape
         every = torch.arange(-1, len(Modality), device=block.modality.device)[:, None]  # all keys are foreign to -1
-        foreign = (kinds(block.modality)[:, :, None, :seen] != every) & block.valid[:, :, None, :seen]
+        foreign = (compared_modality(block.modality)[:, :, None, :seen] != every) & block.valid[:, :, None, :seen]
         foreign = foreign.to(block.leading.dtype)  # (batch, kv_heads, 1 + modalities, seen)
         grouped = block.leading.view(batch, foreign.shape[1], -1, seen)  # query heads of a group one after another
         flow = (grouped @ foreign.transpose(-1, -2)).view(batch, heads, rows, -1)
-        other = kinds(block.row_modality).long()[:, None, :, None].expand(-1, heads, -1, 1) + 1
+        other = compared_modality(block.row_modality).long()[:, None, :, None].expand(-1, heads, -1, 1) + 1
         crossing, total = flow.gather(3, other).sum(dim=(2, 3)), flow[..., 0].sum(dim=2)
         return (crossing, total) if state is None else (state[0] + crossing, state[1] + total)
 

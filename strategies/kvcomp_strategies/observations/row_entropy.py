@@ -9,7 +9,7 @@ from einops import repeat
 from torch import Tensor
 
 from kvcomp.core.interfaces import Observation
-from kvcomp.core.types import AttentionBlock, kinds
+from kvcomp.core.types import AttentionBlock, compared_modality
 
 Total = tuple[Tensor, Tensor]  # entropies summed over rows (batch, heads), and rows (batch, 1)
 LEAST_MASS = 1e-30  # a row that gives less to the other modalities does not look at them
@@ -48,7 +48,9 @@ def _entropies(probs: Tensor) -> Tensor:
 def _foreign_entropies(block: AttentionBlock) -> Tensor:
     """Return the entropy of each row over the keys of other modalities, `(batch, heads, rows)`."""
     seen = block.leading.shape[-1]
-    foreign = kinds(block.modality)[:, :, None, :seen] != kinds(block.row_modality)[:, None, :, None]
+    foreign = (
+        compared_modality(block.modality)[:, :, None, :seen] != compared_modality(block.row_modality)[:, None, :, None]
+    )
     foreign = foreign & block.valid[:, :, None, :seen]
     group = block.leading.shape[1] // foreign.shape[1]
     probs = block.leading.masked_fill(~repeat(foreign, "b kv rows t -> b (kv group) rows t", group=group), 0.0)

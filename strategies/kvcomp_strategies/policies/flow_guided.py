@@ -64,5 +64,5 @@ class FlowGuided(LayerPolicy, use="flow-guided"):
 
 def _single_modality(layer: LayerView) -> Tensor:
     """Return which rows have valid tokens of one modality only, `(batch,)` bool."""
-    found, valid = layer.kinds.flatten(1).int(), layer.valid.flatten(1)
+    found, valid = layer.compared_modality.flatten(1).int(), layer.valid.flatten(1)
     return found.masked_fill(~valid, 127).amin(dim=1) == found.masked_fill(~valid, -1).amax(dim=1)

@@ -89,7 +89,7 @@ class AdjacentClusters(PivotSelector, use="adjacent-clusters"):
         similarity = F.pad((keys[:, :, 1:] * keys[:, :, :-1]).sum(dim=-1), (1, 0))
         similarity = (similarity * STEP).round()
         if self.borders == "modality":
-            borders = F.pad(layer.kinds.gather(2, order).diff(dim=-1), (1, 0)) != 0
+            borders = F.pad(layer.compared_modality.gather(2, order).diff(dim=-1), (1, 0)) != 0
             similarity = similarity.masked_fill(borders, -NEVER)
         return Row(
             order=order,
