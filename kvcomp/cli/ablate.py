@@ -83,6 +83,7 @@ def read_plan(path: Path, batch: int) -> Plan:
     file = read_file(path)
     faults: list[str] = []
     models = [_find_model(place, model, batch, faults) for place, model in enumerate(file.models)]
+    faults += _same_names(models)
     tasks = [_find_tasks(file, model, faults if place == 0 else []) for place, model in enumerate(models)]
     variants = make_variants(file, path.parent, faults)
     if faults:
@@ -111,13 +112,24 @@ def _find_model(place: int, given: str | ModelSpec, batch: int, faults: list[str
     except InputError as error:
         faults.append(f"models[{place}]: {error}")
         return None
-    settings = spec.model_dump(exclude={"model", "batch"})
-    return ModelSource(folder.name, folder, spec.batch or batch, **settings)
+    settings = spec.model_dump(exclude={"model", "name", "batch"})
+    return ModelSource(spec.name or folder.name, folder, spec.batch or batch, **settings)
+
+
+def _same_names(models: Sequence[ModelSource | None]) -> list[str]:
+    """Return a fault for each model that has the name of an earlier one: results go by names."""
+    names = [None if model is None else model.name for model in models]
+    return [
+        f"models[{place}]: is called {name!r} in results, as models[{names.index(name)}] is; give it a name of its "
+        "own, as {model: ..., name: ...}"
+        for place, name in enumerate(names)
+        if name is not None and names.index(name) < place
+    ]
 
 
 def _find_tasks(file: AblationFile, model: ModelSource | None, faults: list[str]) -> list[Task]:
-    """Return the tasks that a model is asked, each once."""
-    found: dict[str, Task] = {}
+    """Return the tasks that a model is asked, each once; two different ones of one name are a fault."""
+    found: dict[str, tuple[int, Task]] = {}
     for place, given in enumerate(file.tasks):
         try:
             tasks = _named(given, model, place, faults)
@@ -126,8 +138,14 @@ def _find_tasks(file: AblationFile, model: ModelSource | None, faults: list[str]
         except KVCompError as error:
             faults.append(f"tasks[{place}]: {error}")
         else:
-            found |= {task.name: task for task in tasks}
-    return list(found.values())
+            for task in tasks:
+                before, known = found.setdefault(task.name, (place, task))
+                if known is not task:
+                    faults.append(
+                        f"tasks[{place}]: gives another {task.name!r} than tasks[{before}], and results go by names; "
+                        "run them into folders of their own"
+                    )
+    return [task for _, task in found.values()]
 
 
 def _named(given: str | TaskFolder, model: ModelSource | None, place: int, faults: list[str]) -> Sequence[Task]:

@@ -201,6 +201,12 @@ class Scorer(Part):
             slots: the uniform share per row, `(batch,)` int64 on the CPU, for windows that scale with it.
         """
 
+    def for_samples(self, numbers: Sequence[int]) -> Scorer:
+        """Return the scorer for a batch of these samples of a task; this one, unless it draws lots, which an experiment
+        wants to be others for every sample.
+        """
+        return self
+
     def protect(self, layer: LayerView, slots: Tensor) -> Tensor | None:
         """Return which tokens are kept whatever their score, `(batch, kv_heads, tokens)` bool; None for none.
 

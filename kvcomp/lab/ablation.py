@@ -39,6 +39,7 @@ class ModelSpec(Section):
 
     Attributes:
         model: folder, or the name of a testbed.
+        name: how results call it; by default the name of its folder. Two models need two names.
         device: where it runs.
         dtype: of its weights.
         device_map: lets `accelerate` place its layers on several devices.
@@ -47,6 +48,7 @@ class ModelSpec(Section):
     """
 
     model: str
+    name: str | None = Field(default=None, min_length=1)
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     device_map: str | None = None

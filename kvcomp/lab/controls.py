@@ -24,7 +24,7 @@ from kvcomp.lab.tasks import Sample
 
 @dataclass(frozen=True)
 class Method:
-    """A strategy, the same for every sample."""
+    """A strategy, the same for every sample but for the lots that it draws."""
 
     strategy: Strategy
 
@@ -34,7 +34,8 @@ class Method:
 
     def strategy_for(self, batch: Batch) -> Strategy:
         """Return the strategy that serves a batch."""
-        return self.strategy
+        scorer = self.strategy.scorer
+        return self.strategy if scorer is None else replace(self.strategy, scorer=scorer.for_samples(batch.numbers))
 
     def ignored(self) -> tuple[str, ...]:
         """Return a sentence for everything it was given that changes nothing."""
@@ -83,7 +84,8 @@ class Oracle(Method):
                     "another control"
                 )
         assert self.strategy.scorer is not None
-        return replace(self.strategy, scorer=KeepEvidence(scorer=self.strategy.scorer, evidence=batch.evidence))
+        scorer = self.strategy.scorer.for_samples(batch.numbers)
+        return replace(self.strategy, scorer=KeepEvidence(scorer=scorer, evidence=batch.evidence))
 
 
 class LeaveOut(Scorer, use="leave-out"):

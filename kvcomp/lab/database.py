@@ -38,6 +38,11 @@ CREATE TABLE IF NOT EXISTS results (
     answer_nll REAL, kl_to_full REAL, rho TEXT NOT NULL, retention TEXT, made TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS results_by_configuration ON results (configuration, sample);
 """
+DRAWN = """
+CREATE TABLE IF NOT EXISTS drawn (
+    run INTEGER NOT NULL, model TEXT NOT NULL, task TEXT NOT NULL, seed INTEGER NOT NULL, sample INTEGER NOT NULL,
+    digest TEXT NOT NULL, PRIMARY KEY (run, model, task, seed, sample));
+"""  # by itself: folders of earlier versions lack it
 VIEW = f"""
 CREATE VIEW IF NOT EXISTS rows AS SELECT
     {", ".join(f"json_extract(document, '$.{name}') AS {name}" for name in COLUMNS)},
@@ -118,6 +123,14 @@ class ResultsWriter:
                 [(self.run, entry.configuration.id, place, entry.samples) for place, entry in enumerate(planned)],
             )
 
+    def draw(self, model: str, task: str, seed: int, digests: Mapping[int, str]) -> None:
+        """Write down which samples are asked, by their numbers: a task's may change from run to run."""
+        with self._transaction() as connection:
+            connection.executemany(
+                "INSERT OR IGNORE INTO drawn VALUES (?, ?, ?, ?, ?, ?)",
+                [(self.run, model, task, seed, sample, own) for sample, own in digests.items()],
+            )
+
     def known(self, keys: Sequence[str]) -> set[str]:
         """Return which of these results are there already."""
         with _failures(self.folder, "read"):
@@ -156,6 +169,7 @@ class ResultsWriter:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.executescript(f"BEGIN;{TABLES};{VIEW};PRAGMA user_version = {FORMAT};COMMIT;")
         _check_format(connection, self.folder)
+        connection.executescript(DRAWN)
 
 
 def _values(result: Result) -> tuple[Any, ...]:
@@ -181,10 +195,26 @@ def _read(connection: sqlite3.Connection, folder: Path) -> Study:
         "WHERE plans.run = ? AND sample < plans.samples ORDER BY place, sample",
         (number,),
     )
-    found = tuple(_result(planned[key].configuration, dict(zip(OWN, own, strict=True))) for key, *own in results)
     (total,) = connection.execute("SELECT count(*) FROM results").fetchone()
     skipped = dict(connection.execute("SELECT configuration, reason FROM skipped WHERE run = ?", (number,)))
-    return Study(run, tuple(planned.values()), found, total - len(found), skipped)
+    drawn = _drawn(connection, number)
+    every = [_result(planned[key].configuration, dict(zip(OWN, own, strict=True))) for key, *own in results]
+    asked = [result for result in every if drawn.get(_place(result), result.digest) == result.digest]
+    found = tuple(result for result in asked if result.configuration.id not in skipped)
+    return Study(run, tuple(planned.values()), found, total - len(asked), skipped)
+
+
+def _drawn(connection: sqlite3.Connection, run: int) -> dict[tuple[str, str, int, int], str]:
+    """Return the digests of the samples that a run has drawn, by model, task, seed and number."""
+    if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'drawn'").fetchone():
+        return {}
+    rows = connection.execute("SELECT model, task, seed, sample, digest FROM drawn WHERE run = ?", (run,))
+    return {(model, task, seed, sample): own for model, task, seed, sample, own in rows}
+
+
+def _place(result: Result) -> tuple[str, str, int, int]:
+    made = result.configuration
+    return made.model, made.task, made.seed, result.sample
 
 
 def _result(configuration: Configuration, own: dict[str, Any]) -> Result:

@@ -66,12 +66,18 @@ class Plan:
         size = self.work.tasks[group.task].size
         return self.file.samples if size is None else min(self.file.samples, size)
 
-    def jobs(self, known: Callable[[Sequence[str]], Collection[str]], on_known: Callable[[int], None]) -> Iterator[Job]:
+    def jobs(
+        self,
+        known: Callable[[Sequence[str]], Collection[str]],
+        on_known: Callable[[int], None],
+        on_drawn: Callable[[str, str, int, Mapping[int, str]], None],
+    ) -> Iterator[Job]:
         """Yield what is still to be done. Nothing that is known is in it.
 
         Args:
             known: returns which of the results with these keys are there.
             on_known: told how many were found to be.
+            on_drawn: told of model, task, seed, and the digests of samples that are asked, by their numbers.
         """
         digests: dict[tuple[int, int], dict[int, str]] = defaultdict(dict)
         for group in self.groups:
@@ -82,7 +88,9 @@ class Plan:
                 for number in numbers:
                     if number not in seen:
                         seen[number] = digest_sample(task.sample(split_of(group.seed), number))
-                jobs = self.lacking(group.cells, [(number, seen[number]) for number in numbers], known)
+                asked = {number: seen[number] for number in numbers}
+                on_drawn(self.work.models[group.model].name, task.name, group.seed, asked)
+                jobs = self.lacking(group.cells, list(asked.items()), known)
                 lacking = sum(len(job.cells) * len(job.samples) for job in jobs)
                 on_known(len(numbers) * len(group.cells) - lacking)
                 yield from jobs

@@ -21,7 +21,10 @@ from kvcomp.version import __version__
 PACKAGES = ("torch", "transformers", "tokenizers", "Pillow")
 SOURCES = ("kvcomp", "kvcomp_strategies", "kvcomp_adapters")
 APART = ("cli", "testing", "lab")  # of kvcomp, no answer depends on these, but for:
-ANSWERING = ("answers", "batches", "codec", "controls", "jobs", "metrics", "outcomes", "scoring", "tasks", "testbed")
+ANSWERING = (
+    *("ablation", "answers", "batches", "codec", "controls", "evidence", "jobs", "metrics", "outcomes", "scoring"),
+    *("tasks", "testbed"),
+)
 
 
 def digest_folder(folder: Path) -> str:

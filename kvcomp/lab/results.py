@@ -149,9 +149,10 @@ class Study:
     Attributes:
         run: the latest.
         planned: its configurations, in the order of its file.
-        results: in the order of the plan, then of the samples.
+        results: in the order of the plan, then of the samples; of a configuration that was skipped none, though some
+            of its samples may have been answered before.
         skipped: why a configuration cannot be, by its id: its strategy refuses the model or the budget.
-        stale: how many other results the folder holds, of another plan, checkpoint or version.
+        stale: how many other results the folder holds, of another plan, checkpoint, version, or sample.
     """
 
     run: Run
@@ -169,7 +170,7 @@ class Study:
             have[result.configuration.id] = have.get(result.configuration.id, 0) + 1
         asked = [entry for entry in self.planned if entry.configuration.id not in self.skipped]
         lacking = [(entry.configuration, entry.samples - have.get(entry.configuration.id, 0)) for entry in asked]
-        return [(configuration, count) for configuration, count in lacking if count]
+        return [(configuration, count) for configuration, count in lacking if count > 0]
 
 
 def digest(document: Any) -> str:

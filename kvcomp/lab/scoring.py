@@ -25,7 +25,7 @@ MOST_PERIODS = 32
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_RUN = re.compile(r"\d+|[^\W\d_]+")
+_RUN = re.compile(r"\d+(?:\.\d+)*|[^\W\d_]+")
 
 
 def normalise_official(text: str) -> str:
@@ -82,6 +82,8 @@ def needle_lenient(prediction: str, reference: str) -> float:
 
     >>> needle_lenient("**5626534**", "5626534"), needle_lenient("it is 56265340", "5626534")
     (1.0, 0.0)
+    >>> needle_lenient("it is 3.5", "5"), needle_lenient("it is 5.", "5")
+    (0.0, 1.0)
     >>> needle_lenient("The blue-fox!", "blue fox")
     1.0
     """
@@ -121,7 +123,9 @@ def choice_official(prediction: str, choices: Sequence[str]) -> str:
 
     The first of these that the normalised prediction holds: a letter with its choice, the text of a choice whatever its
     spaces, a letter and nothing else. Else all of its characters that are letters of choices, which is why a sentence
-    about a letter rarely scores. Nothing at all counts as C.
+    about a letter rarely scores. Nothing at all counts as C. Deviation: a choice whose text has a mark of regular
+    expressions (`3.5`, `$5`) is found by its text as any other; the script compares what it found with the escaped
+    choice, finds that they differ, and goes on to the letters.
 
     >>> choice_official("Answer: B", ("red", "blue")), choice_official("", ("red", "blue"))
     ('AB', 'C')

@@ -99,7 +99,7 @@ def sweep(plan: Plan, writer: ResultsWriter, engine: Engine, on_step: OnStep = l
     def again(job: Job) -> list[Job]:
         return plan.lacking(job.cells, job.samples, writer.known)
 
-    for message in engine.run(plan.work, plan.jobs(writer.known, on_known), again, progress.lost.append):
+    for message in engine.run(plan.work, plan.jobs(writer.known, on_known, writer.draw), again, progress.lost.append):
         if isinstance(message, Skipped):
             _skip(writer, progress, message)
         else:

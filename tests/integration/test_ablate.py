@@ -195,6 +195,28 @@ def test_all_faults_come_before_a_model_is_loaded(tmp_path: Path, monkeypatch: p
     assert "name of a study" in invoke("ablate", "tabel1", "--out", tmp_path / "out", code=2).stderr
 
 
+def test_models_and_tasks_of_one_name_are_refused(model: Path, tmp_path: Path) -> None:
+    """Results go by names: the second would be taken for the first, or answered and never shown."""
+    write_task(
+        tmp_path / "data", "IEdit", [record(number, "{image#1} which ?", [f"{number}.png"]) for number in (4, 7)]
+    )
+    folder = {"folder": str(tmp_path / "data"), "max_context_len": 900, "tokens_per_image": 4}
+    models = [str(model), {"model": str(model), "dtype": "bfloat16"}]
+    file = write_file(
+        tmp_path / "a.yaml", models=models, tasks=[f"milebench:{tmp_path / 'data'}", folder, "echo", "echo"]
+    )
+    with pytest.raises(ConfigError) as error:
+        read_plan(file, 4)
+    first, second = error.value.faults
+    assert first.startswith(
+        f"models[1]: is called {model.name!r} in results, as models[0] is; give it a name of its own"
+    )
+    assert second.startswith("tasks[1]: gives another 'IEdit' than tasks[0], and results go by names")
+    models = [str(model), {"model": str(model), "dtype": "bfloat16", "name": "half"}]
+    plan = read_plan(write_file(tmp_path / "a.yaml", models=models, tasks=["echo"]), 4)
+    assert [source.name for source in plan.work.models] == [model.name, "half"]
+
+
 def test_a_folder_of_tasks_is_asked_and_a_control_that_cannot_be_is_skipped(model: Path, tmp_path: Path) -> None:
     samples = [record(number, "{image#1} which ?", [f"{number}.png"]) for number in (4, 7, 9)]
     write_task(tmp_path / "data", "IEdit", samples)

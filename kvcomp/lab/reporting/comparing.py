@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from kvcomp.lab.controls import Oracle
 from kvcomp.lab.reporting.cells import FULL, Arm, Block, Cell
 from kvcomp.lab.results import Result
 from kvcomp.lab.statistics import bootstrap, holm, mcnemar, mean_of_means, sign_flip
 
 ALPHA = 0.05
+ORACLE = Oracle.__name__  # as configurations name the class of a method
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,10 @@ def compare_all(block: Block, baseline: str) -> dict[tuple[str, Arm], Comparison
 
 def best(block: Block, arms: Sequence[Arm], task: str) -> Arm | None:
     """Return the arm that is significantly better than every other one on a task or on average, corrected for the
-    number of others; None where there is no such arm, or only one. The full cache takes no part.
+    number of others; None where there is no such arm, or only one. The full cache and a control that is told the
+    answer take no part.
     """
-    candidates = [arm for arm in arms if arm.label != FULL and block.behind(arm, task)]
+    candidates = [arm for arm in arms if arm.label != FULL and _competes(block.behind(arm, task))]
     if len(candidates) < 2:
         return None
     first = max(candidates, key=lambda arm: mean_of_means([cell.scores for cell in block.behind(arm, task)]))
@@ -78,6 +81,11 @@ def best(block: Block, arms: Sequence[Arm], task: str) -> Arm | None:
     corrected = holm([rival.p for rival in sure])
     wins = all(rival.difference > 0 and p < ALPHA for rival, p in zip(sure, corrected, strict=True))
     return first if wins and len(sure) == len(rivals) else None
+
+
+def _competes(cells: Sequence[Cell]) -> bool:
+    """Return whether there are results, and not of a control that is told the answer."""
+    return bool(cells) and all(cell.configuration.details.get("method") != ORACLE for cell in cells)
 
 
 def hold_against(block: Block, arm: Arm, against: Arm, task: str) -> Comparison | None:

@@ -32,7 +32,7 @@ def pareto_rows(block: Block) -> list[Row]:
     """Return bytes and average score of each arm, and whether no other beats it in both."""
     rows = []
     for arm in block.arms:
-        shares, score = [cell.share_of_bytes for cell in block.column(arm)], block.score(arm, AVERAGE)
+        shares, score = [cell.share_of_bytes for cell in block.behind(arm, AVERAGE)], block.score(arm, AVERAGE)
         share = mean(shares)
         if score is not None and share is not None:
             rows.append(arm_row(block, arm) | {"share_of_bytes": share, "score": score})

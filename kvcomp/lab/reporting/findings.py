@@ -72,12 +72,12 @@ class Findings:
     def state(self) -> str:
         """Return whether the results are complete, and whether the folder holds others."""
         stale = self.study.stale
-        others = f" Besides, the folder holds {stale:,} of another plan, model or version, left out here."
+        others = f" Besides, the folder holds {stale:,} of another plan, model, version or sample, left out here."
         return self._complete + (others if stale else "")
 
     @property
     def _complete(self) -> str:
-        if self.planned == self.answered:
+        if not self.missing:
             return f"All {self.planned:,} answers are there."
         lacking = len(self.missing)
         return (

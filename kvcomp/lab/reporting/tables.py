@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvcomp.lab.reporting.cells import FULL, Arm, Block, Budget, Cell, unique
+from kvcomp.lab.reporting.cells import AVERAGE, FULL, Arm, Block, Budget, Cell, unique
 from kvcomp.lab.reporting.comparing import Comparison, best, hold_against
 
 Comparisons = Mapping[tuple[str, Arm], Comparison]
@@ -148,7 +148,7 @@ def cost_table(block: Block) -> Table | None:
     """Return bytes, decode time and the time that compression took, a line per arm (Table 2)."""
     body = []
     for arm in block.arms:
-        cells = block.column(arm)
+        cells = block.behind(arm, AVERAGE)
         if cells:
             entries = [_mean(cells, name) for name in ("kv_bytes", "decode_seconds", "compress_seconds")]
             share = [cell.share_of_bytes for cell in cells if cell.share_of_bytes is not None]
@@ -166,8 +166,9 @@ def cost_table(block: Block) -> Table | None:
     return Table(
         name=f"cost {block.model} {block.query_mode}",
         title=f"What is held, and what it takes: {block.title}",
-        caption="Means over tasks. KV bytes once prompt or context is compressed, read from the storages. Times are "
-        "each sample's share of its batch, as the ablation ran; nothing is bold, since times are not tested.",
+        caption="Means over the tasks that averages count. KV bytes once prompt or context is compressed, read from "
+        "the storages. Times are each sample's share of its batch, as the ablation ran; nothing is bold, since times "
+        "are not tested.",
         head=("Method", "Budget", "KV KiB", "% of all bytes", "decode ms/token", "compress ms"),
         body=tuple(body),
     )

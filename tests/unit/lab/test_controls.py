@@ -39,6 +39,20 @@ def test_recency_keeps_the_latest_tokens(bed, echo):
         assert heads == [list(range(tokens - 8, tokens))] * 2
 
 
+def test_every_sample_draws_lots_of_its_own_whatever_its_batch(bed, echo):
+    """Lots by position alone would be one draw for all samples, and no interval would know."""
+    random, sample = find_method("random", "8t"), echo().sample("s", 0)
+    (batch,) = make_batches(bed, NAME, [sample] * 6, 6, QueryMode.question_seen, range(6))
+    together = answer(batch, random.strategy_for(batch)).held.indices[0]
+    drawn = [[sorted(head.tolist()) for head in row] for row in together]
+    assert all(drawn[one] != drawn[other] for one in range(6) for other in range(one))
+    (alone,) = make_batches(bed, NAME, [sample], 1, QueryMode.question_seen, (4,))
+    assert torch.equal(answer(alone, random.strategy_for(alone)).held.indices[0][0], together[4])
+    (other,) = make_batches(bed, NAME, [sample], 1, QueryMode.question_seen, (4,))
+    seeded = find_method("random", "8t", **{"scorer.seed": 1}).strategy_for(other)
+    assert not torch.equal(answer(other, seeded).held.indices[0][0], together[4])
+
+
 def test_an_oracle_that_is_told_nothing_is_refused(bed, echo):
     samples = [echo().sample("s", 0), replace(echo().sample("s", 1), evidence=())]
     with pytest.raises(InputError, match="and none is known of sample 1 of s; use another control"):

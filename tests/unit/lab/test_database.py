@@ -70,6 +70,49 @@ def test_results_of_another_plan_are_kept_and_not_shown(tmp_path: Path) -> None:
     assert study.stale == 4
 
 
+def test_a_configuration_that_was_refused_late_has_no_results(tmp_path: Path) -> None:
+    refused, whole = synthetic_configurations(("gear", "h2o"), tasks=("mini/recall",), budgets=(0.2,))
+    with ResultsWriter(tmp_path) as writer:
+        writer.begin([Planned(refused, 4), Planned(whole, 4)], {}, {})
+        writer.add([synthetic_result(refused, sample) for sample in range(2)])  # the shorter prompts
+        writer.add([synthetic_result(whole, sample) for sample in range(4)])
+        writer.skip(refused, "the budget is too small")
+    study = read_study(tmp_path)
+    assert [result.configuration for result in study.results] == [whole] * 4
+    assert (study.missing(), study.stale) == ([], 0)
+
+
+def test_results_of_samples_that_have_changed_since_are_left_out(tmp_path: Path) -> None:
+    one, other = synthetic_configurations(("full", "h2o"), tasks=("mini/recall",), budgets=(1.0,))
+    write_synthetic(tmp_path, [one, other], samples=3)
+    with ResultsWriter(tmp_path) as writer:
+        writer.begin([Planned(one, 3), Planned(other, 3)], {}, {})
+        writer.draw(one.model, one.task, one.seed, {0: "sample-0", 1: "changed", 2: "sample-2"})
+        writer.add([synthetic_result(one, 1, digest="changed")])
+    study = read_study(tmp_path)
+    assert [(result.configuration, result.sample) for result in study.results] == [
+        (one, 0), (one, 1), (one, 2), (other, 0), (other, 2)
+    ]  # fmt: skip
+    assert [result.digest for result in study.results if result.sample == 1] == ["changed"]
+    assert (study.missing(), study.stale) == ([(other, 1)], 2)
+    with ResultsWriter(tmp_path) as writer:  # and back again
+        writer.begin([Planned(one, 3), Planned(other, 3)], {}, {})
+        writer.draw(one.model, one.task, one.seed, {sample: f"sample-{sample}" for sample in range(3)})
+    assert (len(read_study(tmp_path).results), read_study(tmp_path).missing()) == (6, [])
+
+
+def test_a_folder_that_an_earlier_version_wrote_is_read(tmp_path: Path) -> None:
+    configurations = synthetic_configurations(tasks=("mini/recall",))
+    write_synthetic(tmp_path, configurations, samples=2)
+    connection = sqlite3.connect(tmp_path / FILE)
+    connection.execute("DROP TABLE drawn")
+    connection.close()
+    assert len(read_study(tmp_path).results) == 2 * len(configurations)
+    with ResultsWriter(tmp_path) as writer:
+        writer.begin([Planned(configurations[0], 2)], {}, {})
+        writer.draw("minimile-xs", "mini/recall", 0, {0: "sample-0"})
+
+
 def test_the_view_holds_everything_for_other_tools(tmp_path: Path) -> None:
     study = write_synthetic(tmp_path, samples=2)
     connection = sqlite3.connect(tmp_path / FILE)

@@ -25,6 +25,12 @@ def study(answers, samples=None, unlearned=(), **changes):
     return Study(Run({}, environment, "now", None), tuple(planned), tuple(results), 0)
 
 
+def named(configuration):
+    """Return a configuration with the class of its method, as a plan writes it."""
+    method = "Oracle" if configuration.strategy == "oracle" else "Method"
+    return replace(configuration, details={**configuration.details, "method": method})
+
+
 RECALL, NEEDLE = "mini/recall", "mini/needle"
 ANSWERS = {
     ("full", RECALL): range(40),
@@ -67,6 +73,15 @@ def test_only_what_beats_every_other_is_the_best():
     assert best(block, arms, RECALL) is None
     assert best(block, arms, NEEDLE) is None
     assert best(block, [FLOWMM], RECALL) is None  # alone it beats nobody
+
+
+def test_a_control_that_is_told_the_answer_keeps_no_method_from_being_the_best():
+    told = {("oracle", RECALL): range(40), ("oracle", NEEDLE): range(40)}
+    found = study(ANSWERS | told)
+    planned = tuple(replace(entry, configuration=named(entry.configuration)) for entry in found.planned)
+    results = tuple(replace(result, configuration=named(result.configuration)) for result in found.results)
+    (block,) = blocks_of(replace(found, planned=planned, results=results))
+    assert best(block, block.arms, RECALL) == FLOWMM
 
 
 def test_only_samples_that_both_have_are_compared():

@@ -134,7 +134,7 @@ def test_a_killed_run_makes_a_report_that_says_what_is_missing(tmp_path):
 def test_results_of_another_plan_are_counted_and_left_out(findings):
     assert "left out" not in findings.state
     earlier = replace(findings, study=replace(findings.study, stale=1200))
-    assert earlier.state.endswith("the folder holds 1,200 of another plan, model or version, left out here.")
+    assert earlier.state.endswith("the folder holds 1,200 of another plan, model, version or sample, left out here.")
     assert earlier.state in html.unescape(to_html(earlier))
 
 
