@@ -63,5 +63,6 @@ class Schedule:
         granted = torch.stack(before) if before else None
         allotted = self.strategy.allocate(layers[0].share(), views, together, granted=granted)
         for layer, slots, seen in zip(layers, allotted, together, strict=True):
-            layer.granted = slots if granted is None else layer.granted
+            if granted is None and self.strategy.recompresses:
+                layer.granted = slots
             layer.trim(slots, seen)
