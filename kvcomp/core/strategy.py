@@ -98,6 +98,10 @@ class Strategy:
         """Return whether anything is compressed while tokens are decoded."""
         return self.trigger.decoding and self.selector is not None and self.budget.ratio != 1
 
+    def for_samples(self, numbers: Sequence[int]) -> Strategy:
+        """Return the strategy for a batch of these samples of a task, with lots of their own where it draws any."""
+        return self if self.scorer is None else replace(self, scorer=self.scorer.for_samples(numbers))
+
     def dump(self) -> dict[str, Any]:
         """Return the strategy as its file holds it; `kvcomp.strategy` reads it back to an equal one."""
         document: dict[str, Any] = {"name": self.name, "budget": self.budget.dump()}

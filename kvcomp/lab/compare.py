@@ -187,7 +187,7 @@ class Comparison:
             if number in self._failures:
                 continue
             try:
-                answers = answer(batch, chosen, max_new_tokens=self.max_new_tokens)
+                answers = answer(batch, chosen.for_samples(batch.numbers), max_new_tokens=self.max_new_tokens)
             except KVCompError as error:
                 self._failures[number] = str(error)
             else:

@@ -34,8 +34,7 @@ class Method:
 
     def strategy_for(self, batch: Batch) -> Strategy:
         """Return the strategy that serves a batch."""
-        scorer = self.strategy.scorer
-        return self.strategy if scorer is None else replace(self.strategy, scorer=scorer.for_samples(batch.numbers))
+        return self.strategy.for_samples(batch.numbers)
 
     def ignored(self) -> tuple[str, ...]:
         """Return a sentence for everything it was given that changes nothing."""
@@ -83,9 +82,9 @@ class Oracle(Method):
                     f"the oracle keeps the evidence of a sample, and none is known of {batch.name(number)}; use "
                     "another control"
                 )
-        assert self.strategy.scorer is not None
-        scorer = self.strategy.scorer.for_samples(batch.numbers)
-        return replace(self.strategy, scorer=KeepEvidence(scorer=scorer, evidence=batch.evidence))
+        drawn = self.strategy.for_samples(batch.numbers)
+        assert drawn.scorer is not None
+        return replace(drawn, scorer=KeepEvidence(scorer=drawn.scorer, evidence=batch.evidence))
 
 
 class LeaveOut(Scorer, use="leave-out"):

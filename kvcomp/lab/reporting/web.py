@@ -28,7 +28,7 @@ def to_html(findings: Findings) -> str:
     ]
     shown = [section for section in sections if section[2]]
     links = "".join(f'<a href="#{anchor}">{title}</a> ' for anchor, title, _ in shown)
-    state = "lead" if findings.answered == findings.planned else "lead notice"
+    state = "lead notice" if findings.missing else "lead"
     head = f'<h1>{_text(findings.title)}</h1>\n<p class="{state}">{_text(findings.state)}</p>\n<nav>{links}</nav>\n'
     parts = (f'<section id="{anchor}">\n<h2>{title}</h2>\n{content}</section>\n' for anchor, title, content in shown)
     return render_page(findings.title, head + "".join(parts))

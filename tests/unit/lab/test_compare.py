@@ -2,6 +2,7 @@
 
 import kvcomp
 from kvcomp.lab import Comparison, compare, grid
+from kvcomp.lab.answers import answer
 from kvcomp.lab.statistics import wilson
 
 
@@ -42,6 +43,21 @@ def test_at_budget_1_every_recipe_agrees_with_the_full_cache_in_padded_batches(b
     assert [(entry.recipe, entry.same, entry.samples) for entry in found.agreement] == [
         (made.name, 4, 4) for made in strategies
     ]
+
+
+def test_every_sample_draws_lots_of_its_own(bed, echo, monkeypatch):
+    drawn = []
+
+    def spy(batch, strategy, **settings):
+        drawn.append((batch.numbers, strategy.scorer.samples))
+        return answer(batch, strategy, **settings)
+
+    monkeypatch.setattr("kvcomp.lab.compare.answer", spy)
+    Comparison(bed, [echo()], grid(["random"], [0.5]), samples=5, batch=2, timed=0).run()
+    assert all(numbers == lots for numbers, lots in drawn)
+    assert sorted(number for numbers, _ in drawn for number in numbers) == [0, 1, 2, 3, 4]
+    h2o = kvcomp.strategy("h2o")
+    assert h2o.for_samples((1, 2)) == h2o
 
 
 def test_the_decode_ratio_is_the_median_over_the_reference_median_of_the_same_task(bed, echo, monkeypatch):
